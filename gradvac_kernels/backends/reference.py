@@ -1,0 +1,123 @@
+"""Plain PyTorch in Gram space, on any device: what the native kernels compute, in a form to read beside the paper."""
+
+from __future__ import annotations
+
+import torch
+
+from ..numerics import MAX_TARGET, Precision, precision
+from ..order import task_order
+
+_COLUMNS = 1 << 16  # columns taken to float64 at a time
+
+
+def why_unavailable() -> str | None:
+    """Always there."""
+    return None
+
+
+def serves(device: torch.device) -> bool:
+    """Any device that has float64."""
+    return device.type != "mps"
+
+
+def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """``G[k, i, j] = <g_ik, g_jk>``, [K, T, T] float64."""
+    G = grads.new_zeros(len(bounds), len(grads), len(grads), dtype=torch.float64)
+    for k, (begin, end) in enumerate(bounds.tolist()):
+        for column in range(begin, end, _COLUMNS):
+            block = grads[:, column : min(column + _COLUMNS, end)].double()
+            G[k] += block @ block.T
+    return G
+
+
+def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:
+    """``out[p] = sum_j weights[k(p), j] * grads[j, p]``."""
+    for k, (begin, end) in enumerate(bounds.tolist()):
+        for column in range(begin, end, _COLUMNS):
+            stop = min(column + _COLUMNS, end)
+            out[column:stop] = weights[k] @ grads[:, column:stop].double()
+
+
+def coefficients(
+    G: torch.Tensor,
+    ema: torch.Tensor | None,
+    *,
+    beta: float,
+    target: float | None,
+    task_ids: torch.Tensor | None,
+    turnable: torch.Tensor | None,
+    order: torch.Tensor,
+    limits: Precision,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Algorithm 1 in Gram space, all groups and rows at once; updates ``ema``.
+
+    Row i of ``C`` holds the coefficients of g'_i = sum_j c_ij g_j. With v = G c_i and n2 = c_i' G c_i the measured
+    cosine is v_j / sqrt(n2 G_jj), and adding a g_j is: c_ij += a, n2 += 2 a v_j + a^2 G_jj, v += a G[:, j].
+    """
+    K, T, _ = G.shape
+    ids = torch.arange(T, device=G.device) if task_ids is None else task_ids
+    square = G.diagonal(dim1=1, dim2=2)  # [K, T]
+    usable = (square >= limits.smallest) & (square <= limits.largest)  # False for NaN
+    G = torch.where(usable[:, :, None] & usable[:, None, :], G, 0.0)
+    norm = torch.where(usable, square, 1.0).sqrt()
+    may_turn = usable if turnable is None else usable & turnable
+
+    C = torch.eye(T, dtype=G.dtype, device=G.device).repeat(K, 1, 1)  # [K, T, T]
+    V = G.clone()  # V[k, i] = G c_i
+    n2 = torch.where(usable, square, 1.0)  # [K, T]
+    added = norm.clone()  # [K, T], sum_j |c_ij| |g_j|
+    similarity = torch.full_like(G, torch.nan)
+    corrected = torch.zeros_like(G, dtype=torch.bool)
+    group = torch.arange(K, device=G.device)[:, None]
+    row = torch.arange(T, device=G.device)
+    for j in order.unbind(2):  # [K, T]: one other row for each group and row
+        v_j, norm_j = V[group, row, j], norm[group, j]
+        measured = may_turn & usable[group, j] & (n2 > limits.noise * added**2)
+        length = torch.where(measured, n2, 1.0).sqrt()
+        phi = (v_j / length / norm_j).clamp(-1.0, 1.0)
+        hat = torch.full_like(phi, target) if ema is None else ema[group, ids, ids[j]]  # type: ignore[arg-type]
+        goal = hat.clamp(max=MAX_TARGET)
+        turn = measured & (phi < goal)
+        sin_phi, sin_goal = ((1 - phi) * (1 + phi)).sqrt(), ((1 - goal) * (1 + goal)).sqrt()
+        a = torch.where(turn, length * (goal * sin_phi - phi * sin_goal) / (norm_j * sin_goal), 0.0)
+        C[group, row, j] += a
+        n2 += 2 * a * v_j + (a * norm_j) ** 2
+        V += a[:, :, None] * G[group, j]
+        added += a.abs() * norm_j
+        similarity[group, row, j] = torch.where(measured, phi, torch.nan)
+        corrected[group, row, j] = turn
+        if ema is not None:  # always, outside the if, with the phi before the correction
+            ema[group, ids, ids[j]] = torch.where(measured, (1 - beta) * hat + beta * phi, hat)
+    return C.sum(1), similarity, corrected
+
+
+def vaccinate(
+    grads: torch.Tensor,
+    bounds: torch.Tensor,
+    ema: torch.Tensor | None,
+    *,
+    beta: float,
+    target: float | None,
+    task_ids: torch.Tensor | None,
+    turnable: torch.Tensor | None,
+    order: torch.Tensor | None,
+    seed: int,
+    step: int,
+    first_group: int,
+    out: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gram, coefficients, combine."""
+    if order is None:
+        order = task_order(len(bounds), len(grads), seed, step, first_group, grads.device)
+    weights, similarity, corrected = coefficients(
+        gram(grads, bounds),
+        ema,
+        beta=beta,
+        target=target,
+        task_ids=task_ids,
+        turnable=turnable,
+        order=order,
+        limits=precision(grads.dtype),
+    )
+    combine(grads, weights, bounds, out)
+    return weights, similarity, corrected

@@ -1,0 +1,53 @@
+"""The buffer: one row of P columns a task, and one row for the result, laid out by the parameter groups."""
+
+from __future__ import annotations
+
+import torch
+
+from .groups import ParameterGroups
+
+
+class GradientBuffer:
+    """Memory for the gradients of up to T tasks, and for the update made from them.
+
+    Attributes:
+        groups: the layout of the P columns.
+        grads: ``[T, P]``, zero at first; a row is meant to be accumulated into, in place.
+        result: ``[P]``, zero at first.
+
+    Raises:
+        TypeError, ValueError: ``groups``, ``num_rows`` or ``dtype`` is not what it says.
+    """
+
+    def __init__(
+        self,
+        groups: ParameterGroups,
+        num_rows: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not isinstance(groups, ParameterGroups):
+            raise TypeError(f"groups: expected ParameterGroups, got {type(groups).__name__}")
+        if isinstance(num_rows, bool) or not isinstance(num_rows, int):
+            raise TypeError(f"num_rows: expected an int, got {num_rows!r}")
+        if num_rows < 1:
+            raise ValueError(f"num_rows: expected at least 1, got {num_rows}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
+        self.groups = groups
+        self.grads = torch.zeros(num_rows, groups.numel, dtype=dtype, device=device)
+        self.result = torch.zeros(groups.numel, dtype=dtype, device=device)
+
+    def parameter_views(self, columns: torch.Tensor) -> list[torch.Tensor]:
+        """A row of ``grads``, or ``result``, as one view a parameter of the model, in its shape.
+
+        Args:
+            columns: ``[P]``.
+
+        Returns:
+            Views in the order of ``groups.parameters``; nothing is copied.
+        """
+        return [
+            columns[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.groups.parameters
+        ]

@@ -1,0 +1,133 @@
+"""Gradient Vaccine with its state: the similarity targets and the step counter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import ops
+from ..groups import ParameterGroups
+from ..result import Vaccination
+
+
+class GradVac:
+    """Gradient Vaccine (Wang et al., ICLR 2021, Algorithm 1) and the moving averages it keeps between steps.
+
+    Args:
+        beta: weight of a new similarity in the moving average, in [0, 1] (1e-2 in the paper).
+        vaccinated: ids of the tasks whose gradients may be turned; None means all, an empty sequence is the plain sum.
+        target: a constant similarity target instead of the moving average (0 is PCGrad).
+        num_tasks: N. Needed where batches hold some of the tasks only; else it is the rows of the first call.
+        seed: chooses the random orders of the inner loop.
+
+    Attributes:
+        ema: ``[K, N, N]`` float64, the targets by group and ordered pair of tasks; None before the first call and with
+            a constant target.
+        step: the number of calls so far.
+
+    Raises:
+        TypeError, ValueError: an argument is not of the type or range above.
+    """
+
+    def __init__(
+        self,
+        beta: float = 1e-2,
+        vaccinated: Sequence[int] | None = None,
+        target: float | None = None,
+        num_tasks: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        ops.check_settings(beta, target, seed)
+        if num_tasks is not None:
+            ops.check_int("num_tasks", num_tasks, 1)
+        self.beta = beta
+        self.vaccinated = None if vaccinated is None else tuple(vaccinated)
+        self.target = target
+        self.num_tasks = num_tasks
+        self.seed = seed
+        self.step = 0
+        self.ema: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        grads: torch.Tensor,
+        groups: ParameterGroups,
+        task_ids: torch.Tensor | Sequence[int] | None = None,
+        out: torch.Tensor | None = None,
+    ) -> Vaccination:
+        """Vaccinate one step's gradients and advance the state.
+
+        Args:
+            grads: ``[T, P]``, one row a task of this batch.
+            groups: the K groups of the P columns, the same in every call.
+            task_ids: ``[T]``, which of the N tasks each row is; may be None when the batch holds all of them in order.
+            out: ``[P]``, where the update goes; None makes a new tensor.
+
+        Returns:
+            A :class:`Vaccination`.
+
+        Raises:
+            TypeError, ValueError: as :func:`gradvac_kernels.vaccinate`; then the state is as it was.
+        """
+        num_tasks, ema = self.num_tasks, self.ema
+        if num_tasks is None:
+            num_tasks = len(grads)
+        if task_ids is None and len(grads) != num_tasks:
+            raise ValueError(f"task_ids: expected ids for the {len(grads)} of {num_tasks} tasks in grads, got None")
+        if self.target is None:
+            if ema is None:
+                ema = torch.zeros(len(groups), num_tasks, num_tasks, dtype=torch.float64, device=grads.device)
+            elif len(ema) != len(groups):
+                raise ValueError(f"groups: expected the {len(ema)} groups of the calls before, got {len(groups)}")
+        found = ops.vaccinate(
+            grads,
+            groups,
+            ema,
+            beta=self.beta,
+            target=self.target,
+            task_ids=task_ids,
+            vaccinated=self.vaccinated,
+            seed=self.seed,
+            step=self.step,
+            out=out,
+        )
+        self.num_tasks, self.ema = num_tasks, ema
+        self.step += 1
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, for ``torch.save``: a copy of the targets, the step and the seed of the orders."""
+        return {
+            "ema": None if self.ema is None else self.ema.clone(),
+            "num_tasks": self.num_tasks,
+            "seed": self.seed,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue, bit for bit, where ``state_dict()`` was taken.
+
+        Raises:
+            TypeError: a value is of a wrong type.
+            ValueError: keys are missing or unknown, or the numbers of tasks differ. Then nothing was changed.
+        """
+        expected = self.state_dict().keys()
+        if not isinstance(state, dict) or state.keys() != expected:
+            got = sorted(state) if isinstance(state, dict) else type(state).__name__
+            raise ValueError(f"state: expected a dict with exactly the keys {sorted(expected)}, got {got}")
+        ema, num_tasks = state["ema"], state["num_tasks"]
+        ops.check_int("state['seed']", state["seed"])
+        ops.check_int("state['step']", state["step"], 0)
+        if num_tasks is not None:
+            ops.check_int("state['num_tasks']", num_tasks, 1)
+        if None not in (self.num_tasks, num_tasks) and num_tasks != self.num_tasks:
+            raise ValueError(f"state['num_tasks']: expected {self.num_tasks}, got {num_tasks}")
+        if ema is not None:
+            if self.target is not None:
+                raise ValueError("state['ema']: expected None for a method with a constant target")
+            ops.check_tensor("state['ema']", ema, (torch.float64,), (None, num_tasks, num_tasks))
+        self.ema = None if ema is None else ema.clone().contiguous()
+        self.num_tasks = self.num_tasks if num_tasks is None else num_tasks
+        self.seed, self.step = state["seed"], state["step"]
