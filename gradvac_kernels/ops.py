@@ -443,10 +443,9 @@ def _combine_fake(
 
 
 def _vaccinate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *values, backend = arguments
-    call = Call(*values)
+    call = Call(*arguments[: len(Call._fields)])
     call.check()
-    chosen = backends.choose(call.grads.device, backend)
+    chosen = backends.choose(call.grads.device, *arguments[len(Call._fields) :])
     turnable = None
     if call.vaccinated is not None:
         ids = torch.arange(len(call.grads), device=call.grads.device) if call.task_ids is None else call.task_ids

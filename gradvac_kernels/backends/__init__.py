@@ -22,7 +22,7 @@ def missing_backends() -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def choose(device: torch.device, name: str | None) -> ModuleType:
+def choose(device: torch.device, name: str | None = None) -> ModuleType:
     """The backend called ``name``, or the fastest one that serves ``device``.
 
     Raises:

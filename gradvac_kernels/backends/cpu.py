@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from ..numerics import MAX_TARGET, precision
@@ -10,6 +12,8 @@ try:
     from .. import _cpu
 
     _missing = None
+    if os.environ.get("GRADVAC_CPU_ISA"):
+        _cpu.use_instruction_set(os.environ["GRADVAC_CPU_ISA"])
 except ImportError as error:  # said on first use and by python -m gradvac_kernels.env, not on import
     _missing = f"the native module gradvac_kernels._cpu is not built ({error})"
 
@@ -27,8 +31,18 @@ def serves(device: torch.device) -> bool:
 
 
 def instruction_set() -> str:
-    """The variant of the kernels in use (``GRADVAC_CPU_ISA`` forces one)."""
+    """The variant of the kernels in use."""
     return _cpu.instruction_set()
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The variants that this machine can run, the fastest first."""
+    return tuple(_cpu.instruction_sets())
+
+
+def use_instruction_set(name: str) -> None:
+    """Force a variant, as the environment variable ``GRADVAC_CPU_ISA`` does on import."""
+    _cpu.use_instruction_set(name)
 
 
 def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

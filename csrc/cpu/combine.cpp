@@ -1,0 +1,27 @@
+// Combine: segments in parallel, each the weighted sum of its rows.
+#include "phases.h"
+
+namespace gradvac::cpu {
+
+CombinePhase::CombinePhase(const Buffer& grads, const double* weights, const Result& out)
+    : grads_(grads), weights_(weights), out_(out), variant_(variant()) {
+  std::int64_t columns = 0;
+  for (std::int64_t k = 0; k < grads.K; ++k) columns += grads.bounds[2 * k + 1] - grads.bounds[2 * k];
+  // A result that fits stays in the cache for the optimizer; a larger one would only push the gradients out.
+  stream_ = columns * static_cast<std::int64_t>(size_of(out.dtype)) > cache_bytes() / 4;
+}
+
+void CombinePhase::combine(const Segment& segment) const {
+  variant_.combine[static_cast<int>(grads_.dtype)](grads_.data, grads_.T, grads_.row_stride, segment.begin,
+                                                   segment.end, weights_ + segment.group * grads_.T, out_.data,
+                                                   out_.dtype, stream_);
+}
+
+void combine(const Buffer& grads, const double* weights, const Result& out, int threads) {
+  const Segments segments(grads);
+  const CombinePhase phase(grads, weights, out);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(grads, threads))
+  for (std::int64_t s = 0; s < segments.count(); ++s) phase.combine(segments[s]);
+}
+
+}  // namespace gradvac::cpu

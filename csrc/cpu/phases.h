@@ -1,0 +1,86 @@
+// The pieces that the three verbs are made of, to be run by the threads of one parallel region.
+//
+// A piece of columns is a segment. Segments depend on the groups only, never on the number of threads, and what they
+// give is added up in their order: so do the bits.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "gradvac/cpu.h"
+#include "variants.h"
+
+namespace gradvac::cpu {
+
+struct Segment {
+  std::int64_t group, begin, end;
+};
+
+class Segments {
+ public:
+  explicit Segments(const Buffer& grads);
+  std::int64_t count() const { return static_cast<std::int64_t>(list_.size()); }
+  const Segment& operator[](std::int64_t s) const { return list_[s]; }
+  std::int64_t first(std::int64_t group) const { return first_[group]; }  // of K + 1
+
+ private:
+  std::vector<Segment> list_;
+  std::vector<std::int64_t> first_;
+};
+
+// Threads worth waking for this much data, at most `threads`.
+int useful_threads(const Buffer& grads, int threads);
+// Bytes of the last cache level.
+std::int64_t cache_bytes();
+
+class GramPhase {
+ public:
+  GramPhase(const Buffer& grads, const Segments& segments, int threads);
+  void measure(std::int64_t segment, int thread);
+  void add_up(std::int64_t group, double* G) const;  // G [T, T]
+
+ private:
+  const Buffer& grads_;
+  const Segments& segments_;
+  const Variant& variant_;
+  std::int64_t scratch_size_, packed_size_;
+  std::unique_ptr<double[]> scratch_, packed_;
+};
+
+class CoefficientPhase {
+ public:
+  CoefficientPhase(const Vaccine& vaccine, std::int64_t K, std::int64_t T, int threads);
+  double* G(std::int64_t group) { return &G_[group * T_ * T_]; }
+  void solve(std::int64_t group, std::int64_t row, int thread);
+  void weigh(std::int64_t group);
+
+ private:
+  const std::int64_t* draw(std::int64_t group, std::int64_t row, int thread);
+
+  const Vaccine& vaccine_;
+  std::int64_t T_;
+  std::unique_ptr<double[]> G_, C_;  // [K, T, T]
+  struct Ranked {
+    std::uint64_t key;
+    std::int64_t other;
+  };
+  std::unique_ptr<double[]> v_;             // [threads, T]
+  std::unique_ptr<Ranked[]> ranked_;        // [threads, T]
+  std::unique_ptr<std::int64_t[]> order_;   // [threads, T]
+};
+
+class CombinePhase {
+ public:
+  CombinePhase(const Buffer& grads, const double* weights, const Result& out);
+  void combine(const Segment& segment) const;
+
+ private:
+  const Buffer& grads_;
+  const double* weights_;
+  const Result& out_;
+  const Variant& variant_;
+  bool stream_;
+};
+
+}  // namespace gradvac::cpu

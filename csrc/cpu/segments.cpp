@@ -1,0 +1,41 @@
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "phases.h"
+
+namespace gradvac::cpu {
+
+namespace {
+constexpr std::int64_t kSegment = 16384;            // columns
+constexpr std::int64_t kElementsAThread = 1 << 15;  // about what waking a thread costs
+constexpr std::int64_t kCacheGuess = 8 << 20;       // where the system does not say
+}  // namespace
+
+Segments::Segments(const Buffer& grads) {
+  for (std::int64_t k = 0; k < grads.K; ++k) {
+    first_.push_back(count());
+    const std::int64_t end = grads.bounds[2 * k + 1];
+    for (std::int64_t begin = grads.bounds[2 * k]; begin < end; begin += kSegment) {
+      list_.push_back({k, begin, std::min(begin + kSegment, end)});
+    }
+  }
+  first_.push_back(count());
+}
+
+int useful_threads(const Buffer& grads, int threads) {
+  std::int64_t columns = 0;
+  for (std::int64_t k = 0; k < grads.K; ++k) columns += grads.bounds[2 * k + 1] - grads.bounds[2 * k];
+  const std::int64_t worth = columns * grads.T / kElementsAThread;
+  return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, worth)));
+}
+
+std::int64_t cache_bytes() {
+#ifdef _SC_LEVEL3_CACHE_SIZE
+  static const std::int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return kCacheGuess;
+}
+
+}  // namespace gradvac::cpu

@@ -1,0 +1,3 @@
+#define GRADVAC_VARIANT portable
+#define GRADVAC_SUPPORTED true
+#include "variant.h"

@@ -1,0 +1,53 @@
+// The CPU backend's face: raw pointers and sizes, no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "gradvac/recurrence.h"
+
+namespace gradvac::cpu {
+
+enum class Dtype { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+constexpr int kDtypes = 4;
+constexpr std::size_t size_of(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// grads [T, P] with contiguous rows `row_stride` elements apart; bounds [K, 2], first column and one past the last.
+struct Buffer {
+  const void* data;
+  Dtype dtype;
+  std::int64_t T, row_stride;
+  const std::int64_t* bounds;
+  std::int64_t K;
+};
+
+struct Result {
+  void* data;  // [P]
+  Dtype dtype;
+};
+
+struct Vaccine {
+  double* ema;      // [K, N, N], or null for a constant target
+  std::int64_t N;
+  double target;    // the constant target, where ema is null
+  Rule rule;
+  const std::int64_t* task_ids;  // [T], or null: row t is task t
+  const bool* turnable;          // [T], or null: every row may be turned
+  const std::int64_t* order;     // [K, T, T-1], or null: drawn from the counter
+  std::int64_t seed, step, first_group;
+  double* weights;     // [K, T] out
+  double* similarity;  // [K, T, T] out
+  bool* corrected;     // [K, T, T] out
+};
+
+void gram(const Buffer& grads, double* G, int threads);
+void combine(const Buffer& grads, const double* weights, const Result& out, int threads);
+void vaccinate(const Buffer& grads, const Vaccine& vaccine, const Result& out, int threads);
+
+// The ceilings that benchmarks hold the kernels against.
+double streaming_read(const void* data, std::int64_t bytes, int threads);
+double multiply_add_peak(std::int64_t rounds, int threads);  // the number of float32 multiply-adds done
+
+}  // namespace gradvac::cpu

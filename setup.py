@@ -1,0 +1,39 @@
+"""Builds the native modules through CMake and Ninja; everything else is in pyproject.toml.
+
+GRADVAC_SANITIZE=address,undefined builds with these sanitizers.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """One CMake project, ``csrc``, for all extensions."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-G",
+            "Ninja",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_INSTALL_PREFIX={target}",
+            f"-DGRADVAC_SANITIZE={os.environ.get('GRADVAC_SANITIZE', '')}",
+            str(ROOT / "csrc"),
+        ]
+        subprocess.run(configure, cwd=build, check=True)
+        subprocess.run(["cmake", "--build", ".", "--target", "install"], cwd=build, check=True)
+
+
+setup(ext_modules=[Extension("gradvac_kernels._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
