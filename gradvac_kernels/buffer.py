@@ -48,6 +48,4 @@ class GradientBuffer:
         Returns:
             Views in the order of ``groups.parameters``; nothing is copied.
         """
-        return [
-            columns[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.groups.parameters
-        ]
+        return [columns[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.groups.parameters]

@@ -29,8 +29,8 @@ class Precision(NamedTuple):
 
 # float32 kernels promise |G - exact| <= 1e-7 |g_i||g_j| (2^-23 is just above) and square in float32's range.
 _SINGLE = Precision(noise=2.0**-23, smallest=2.0**-126, largest=float(torch.finfo(torch.float32).max))
-# float64 sums of P products stay within about sqrt(P) 2^-53, 2^-46 up to P = 10^4 times what fits in memory today.
-_DOUBLE = Precision(noise=2.0**-46, smallest=2.0**-1022, largest=float(torch.finfo(torch.float64).max))
+# float64 sums are within a few 2^-53 times the length of their chains; products of squared norms stay in range.
+_DOUBLE = Precision(noise=2.0**-46, smallest=2.0**-500, largest=2.0**500)
 
 
 def precision(dtype: torch.dtype) -> Precision:

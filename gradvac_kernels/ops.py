@@ -20,9 +20,7 @@ _INT64 = range(-(2**63), 2**63)
 
 _library = torch.library.Library("gradvac", "DEF")
 _library.define("gram(Tensor grads, Tensor bounds, str? backend=None) -> Tensor")
-_library.define(
-    "combine(Tensor grads, Tensor weights, Tensor bounds, Tensor(a!) out, str? backend=None) -> ()"
-)
+_library.define("combine(Tensor grads, Tensor weights, Tensor bounds, Tensor(a!) out, str? backend=None) -> ()")
 _library.define(
     "vaccinate(Tensor grads, Tensor bounds, Tensor(a!)? ema, Tensor(b!) out, float beta, float? target, "
     "Tensor? task_ids, Tensor? vaccinated, Tensor? order, int seed, int step, int first_group, str? backend=None) "
@@ -45,8 +43,9 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
         backend: one of :func:`available_backends`; None takes the fastest one for the tensor's device.
 
     Returns:
-        ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|``. Entries beyond
-        about 1e18, or below 1e-19, have squares outside float32's range (float64 gradients excepted).
+        ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (rows of equal
+        entries, where all roundings are alike: 7e-7). Entries beyond about 1e18, or below 1e-19, have squares outside
+        float32's range (float64 gradients excepted).
 
     Raises:
         TypeError: ``grads`` or ``groups`` is of another type, or of a dtype that no backend takes.
@@ -109,7 +108,7 @@ def vaccinate(
 
     A row that is zero in a group, or has a non-finite entry there, is neither measured nor turned nor turned towards
     in that group, and its entries of ``ema`` stay as they were; a non-finite value still reaches the output. Entries
-    beyond about 1e18 count as non-finite and gradients below 1e-19 as zero (float64 gradients excepted).
+    beyond about 1e18 count as non-finite and gradients below 1e-19 as zero (float64: norms beyond 1e75, below 1e-75).
 
     Args:
         grads: ``[T, P]`` float32, bfloat16, float16 or float64, one row a task; rows contiguous, any distance apart.
@@ -395,16 +394,21 @@ def _check_vaccinate_values(
             raise ValueError("order: expected, for each group and row, a permutation of the other rows")
 
 
-def _ids(name: str, ids: torch.Tensor | Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
-    if ids is None or isinstance(ids, torch.Tensor):
-        return ids
+def check_ids(name: str, ids: Sequence[int]) -> tuple[int, ...]:
+    """Ids as a tuple of ints."""
     try:
-        listed = list(ids)
+        listed = tuple(ids)
     except TypeError:
         raise TypeError(f"{name}: expected a tensor or a sequence of ints, got {ids!r}") from None
     if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
         raise TypeError(f"{name}: expected ints, got {ids!r}")
-    return torch.tensor(listed, dtype=torch.int64, device=device)
+    return listed
+
+
+def _ids(name: str, ids: torch.Tensor | Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
+    if ids is None or isinstance(ids, torch.Tensor):
+        return ids
+    return torch.tensor(check_ids(name, ids), dtype=torch.int64, device=device)
 
 
 def _result(grads: torch.Tensor, groups: ParameterGroups) -> torch.Tensor:

@@ -56,11 +56,11 @@ def vaccinate(
             turned = g[i].clone()  # g'_i
             added = square[i] ** 0.5  # the norms of all that was added up to make g'_i
             for j in loop[k][i] if in_vaccinated[i] and usable[i] else ():
-                length = float(turned @ turned) ** 0.5
-                if not usable[j] or length**2 <= limits.noise * added**2:
+                n2 = float(turned @ turned)
+                if not usable[j] or n2 <= limits.noise * added**2:
                     continue
-                norm = square[j] ** 0.5
-                phi = min(max(float(turned @ g[j]) / length / norm, -1.0), 1.0)
+                length, norm = n2**0.5, square[j] ** 0.5
+                phi = min(max(float(turned @ g[j]) / (n2 * square[j]) ** 0.5, -1.0), 1.0)
                 hat = float(ema[k, ids[i], ids[j]]) if target is None else target  # type: ignore[index]
                 goal = min(hat, MAX_TARGET)
                 similarity[k, i, j] = phi

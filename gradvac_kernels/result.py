@@ -15,6 +15,6 @@ class Vaccination(NamedTuple):
     weights: torch.Tensor
     """``[K, T]`` float64: weight of each task's gradient in each group."""
     similarity: torch.Tensor
-    """``[K, T, T]`` float64: cosine of (the current) row i and row j as Algorithm 1 measured it; NaN where it did not."""
+    """``[K, T, T]`` float64: cosine of the current row i and row j as Algorithm 1 measured it; NaN where it did not."""
     corrected: torch.Tensor
     """``[K, T, T]`` bool: row i was turned towards row j."""

@@ -178,7 +178,8 @@ class TaskGradients:
         """
         if self._capturing or not self._rows:
             raise RuntimeError(
-                "apply: expected captured gradients, got a call " + ("inside a task" if self._capturing else "without any")
+                "apply: expected captured gradients, got a call "
+                + ("inside a task" if self._capturing else "without any")
             )
         result = self._buffer.result
         self.last = self.method(self.grads, self.groups, task_ids=self._rows, out=result)

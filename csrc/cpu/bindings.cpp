@@ -1,4 +1,5 @@
-// The Python module gradvac_kernels._cpu: addresses in, the GIL released. gradvac_kernels/ops.py has checked everything.
+// The Python module gradvac_kernels._cpu: addresses in, the GIL released. gradvac_kernels/ops.py has checked
+// everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,8 +23,8 @@ T* pointer(Address address) {
 }
 
 cpu::Buffer buffer(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K) {
-  return {pointer<const void>(data), static_cast<cpu::Dtype>(dtype), T, row_stride,
-          pointer<const std::int64_t>(bounds), K};
+  return {
+      pointer<const void>(data), static_cast<cpu::Dtype>(dtype), T, row_stride, pointer<const std::int64_t>(bounds), K};
 }
 
 void gram(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K, Address G,

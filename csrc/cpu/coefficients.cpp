@@ -25,9 +25,8 @@ const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row,
   for (std::int64_t other = 0; other < T_; ++other) {
     if (other != row) ranked[count++] = {order_key(state, other), other};
   }
-  std::sort(ranked, ranked + count, [](const Ranked& a, const Ranked& b) {
-    return a.key != b.key ? a.key < b.key : a.other < b.other;
-  });
+  std::sort(ranked, ranked + count,
+            [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key < b.key : a.other < b.other; });
   for (std::int64_t t = 0; t < count; ++t) order[t] = ranked[t].other;
   return order;
 }

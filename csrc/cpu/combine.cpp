@@ -12,9 +12,8 @@ CombinePhase::CombinePhase(const Buffer& grads, const double* weights, const Res
 }
 
 void CombinePhase::combine(const Segment& segment) const {
-  variant_.combine[static_cast<int>(grads_.dtype)](grads_.data, grads_.T, grads_.row_stride, segment.begin,
-                                                   segment.end, weights_ + segment.group * grads_.T, out_.data,
-                                                   out_.dtype, stream_);
+  variant_.combine[static_cast<int>(grads_.dtype)](grads_.data, grads_.T, grads_.row_stride, segment.begin, segment.end,
+                                                   weights_ + segment.group * grads_.T, out_.data, out_.dtype, stream_);
 }
 
 void combine(const Buffer& grads, const double* weights, const Result& out, int threads) {

@@ -5,19 +5,25 @@
 
 namespace gradvac::cpu {
 
+namespace {
+constexpr std::int64_t kSmallGroup = 4096;  // columns
+}
+
 GramPhase::GramPhase(const Buffer& grads, const Segments& segments, int threads)
     : grads_(grads),
       segments_(segments),
       variant_(variant()),
-      scratch_size_(variant_.gram_scratch(grads.T)),
+      scratch_size_(round_up(variant_.gram_scratch(grads.T), kCacheLine / 8)),
       packed_size_(grads.T * (grads.T + 1) / 2),
-      scratch_(new double[scratch_size_ * threads]),
+      scratch_(scratch_size_ * threads),
       packed_(new double[packed_size_ * segments.count()]) {}
 
 void GramPhase::measure(std::int64_t segment, int thread) {
   const Segment& columns = segments_[segment];
+  const std::int64_t* group = grads_.bounds + 2 * columns.group;
   variant_.gram[static_cast<int>(grads_.dtype)](grads_.data, grads_.T, grads_.row_stride, columns.begin, columns.end,
-                                                &scratch_[scratch_size_ * thread], &packed_[packed_size_ * segment]);
+                                                group[1] - group[0] <= kSmallGroup, &scratch_[scratch_size_ * thread],
+                                                &packed_[packed_size_ * segment]);
 }
 
 void GramPhase::add_up(std::int64_t group, double* G) const {

@@ -2,9 +2,12 @@
 //
 // Lanes lie along the columns, so that rows are read as they are. Blocks of kBlock x kBlock pairs keep their
 // accumulators in registers over a tile of columns; a tile's sums are then added up in float64. Where reading memory is
-// what takes the time (T up to kExactRows) products are accumulated in float64 throughout, else in float32 over chains
-// of at most 32 a lane. The order of all additions depends on T and the number of columns only.
+// what takes the time (T up to kExactRows), and in small groups, whose few columns make gradients nearly parallel, so
+// that every bit counts, products are accumulated in float64 throughout; else in float32 over chains of at most kChain
+// a lane. All this, and the order of all additions, depends on T and the number of columns only.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -14,6 +17,8 @@ constexpr int64_t kExactRows = 16;
 constexpr int64_t kChain = 32;  // additions in float32 before float64 takes over
 constexpr int64_t kPanel = 3;   // blocks of rows that stay in the first-level cache while the others pass
 constexpr int kPairs = (kBlock * kBlock + kDoubles - 1) / kDoubles * kDoubles;
+
+// ---- how elements become vectors and products become sums
 
 template <class Element>
 struct InDoubles {
@@ -46,93 +51,157 @@ struct InFloats<Bfloat16> {  // products of bfloat16 are exact in float32; each 
   static constexpr int kStep = 2 * kFloats;
   static constexpr int64_t kTile = kChain * kFloats;
   static Loaded load(const E* p) { return bits<__m512bh>(_mm512_loadu_si512(p)); }
-  static Acc multiply_add(Acc acc, Loaded a, Loaded b) {
-    return bits<VecF>(_mm512_dpbf16_ps(bits<__m512>(acc), a, b));
-  }
+  static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return bits<VecF>(_mm512_dpbf16_ps(bits<__m512>(acc), a, b)); }
 };
+using PackedBfloat16 = InFloats<Bfloat16>;
+#else
+using PackedBfloat16 = InFloats<float>;
 #endif
 
-// The next kStep columns of M rows, zeros past `columns`.
-template <class Policy>
-inline typename Policy::Loaded load_tail(const typename Policy::E* p, int64_t columns) {
-  typename Policy::E padded[Policy::kStep] = {};
-  __builtin_memcpy(padded, p, columns * sizeof(*p));
-  return Policy::load(padded);
-}
+// ---- one block of pairs
 
-// sums[m kBlock + n] += <a_m, b_n>; on the diagonal b is a and only n <= m is computed.
+// sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep. On the diagonal b is a and only n <= m is computed;
+// each row is there once a tile, and what it will be read from next, at `ahead`, is asked for.
 template <class Policy, int M, int N, bool kDiagonal>
 inline void add_block(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
-                      double* sums) {
+                      const char* ahead, int64_t ahead_stride, int64_t ahead_step, double* sums) {
   typename Policy::Acc acc[M][N] = {};
-  auto step = [&](auto load) {
+  for (int64_t column = 0; column < columns; column += Policy::kStep) {
     typename Policy::Loaded left[M];
-    for (int m = 0; m < M; ++m) left[m] = load(a + m * stride);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) left[m] = Policy::load(a + m * stride + column);
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const typename Policy::Loaded right = kDiagonal ? left[n] : load(b + n * stride);
+      const typename Policy::Loaded right = kDiagonal ? left[n] : Policy::load(b + n * stride + column);
+#pragma GCC unroll 4
       for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
     }
-  };
-  int64_t column = 0;
-  for (; column + Policy::kStep <= columns; column += Policy::kStep) {
-    step([&](const typename Policy::E* p) { return Policy::load(p + column); });
-    if (kDiagonal) {  // each row is on the diagonal once a tile: there, its next tile is asked for
-      for (int m = 0; m < M; ++m) __builtin_prefetch(a + m * stride + column + Policy::kTile);
+    if (kDiagonal) {
+      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
+      ahead += ahead_step;
     }
   }
-  if (column < columns) {
-    step([&](const typename Policy::E* p) { return load_tail<Policy>(p + column, columns - column); });
+  VecD folded[kPairs];
+#pragma GCC unroll 16
+  for (int pair = 0; pair < kPairs; ++pair) {
+    const int m = pair / kBlock, n = pair % kBlock;
+    folded[pair] = m < M && n < (kDiagonal ? m + 1 : N) ? fold_lanes(acc[m < M ? m : 0][n < N ? n : 0]) : VecD{};
   }
-  VecD folded[kPairs] = {};
-  for (int m = 0; m < M; ++m) {
-    for (int n = 0; n < (kDiagonal ? m + 1 : N); ++n) folded[m * kBlock + n] = fold_lanes(acc[m][n]);
-  }
+#pragma GCC unroll 8
   for (int first = 0; first < kPairs; first += kDoubles) {
     store(sums + first, load<VecD>(sums + first) + sum_each(folded + first));
   }
 }
 
-template <class Policy, int M, bool kDiagonal>
-inline void add_block_of(int64_t rows, const typename Policy::E* a, const typename Policy::E* b, int64_t stride,
-                         int64_t columns, double* sums) {
-  if (rows == M) return add_block<Policy, M, kDiagonal ? M : kBlock, kDiagonal>(a, b, stride, columns, sums);
-  if constexpr (M > 1) add_block_of<Policy, M - 1, kDiagonal>(rows, a, b, stride, columns, sums);
-}
+// A tile of T rows, and where each row will be read from next.
+template <class Policy>
+struct Tile {
+  const typename Policy::E* rows;
+  int64_t T, stride, columns;
+  const char* ahead;
+  int64_t ahead_stride, ahead_step;
+
+  template <bool kDiagonal, int M = kBlock>
+  void add(int64_t i, int64_t j, int64_t height, double* sums) const {
+    if (height == M) {
+      add_block<Policy, M, kDiagonal ? M : kBlock, kDiagonal>(rows + i * kBlock * stride, rows + j * kBlock * stride,
+                                                              stride, columns, ahead + i * kBlock * ahead_stride,
+                                                              ahead_stride, ahead_step, sums);
+    } else if constexpr (M > 1) {
+      add<kDiagonal, M - 1>(i, j, height, sums);
+    }
+  }
+};
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t blocks_of(int64_t T) { return (T + kBlock - 1) / kBlock; }
 inline int64_t block_index(int64_t row, int64_t column) { return row * (row + 1) / 2 + column; }
 
-// sums: kPairs for each pair of blocks, zero at first
 template <class Policy>
-void add_tiles(const typename Policy::E* rows, int64_t T, int64_t stride, int64_t columns, double* sums) {
-  const int64_t blocks = (T + kBlock - 1) / kBlock;
-  for (int64_t column = 0; column < columns; column += Policy::kTile) {
-    const int64_t width = smaller(Policy::kTile, columns - column);
-    const auto* tile = rows + column;
-    for (int64_t panel = 0; panel < blocks; panel += kPanel) {
-      for (int64_t i = panel; i < blocks; ++i) {
-        const auto* a = tile + i * kBlock * stride;
-        const int64_t height = smaller(kBlock, T - i * kBlock);
-        for (int64_t j = panel; j < smaller(i, panel + kPanel); ++j) {
-          add_block_of<Policy, kBlock, false>(height, a, tile + j * kBlock * stride, stride, width,
-                                              sums + block_index(i, j) * kPairs);
-        }
-        if (i < panel + kPanel) {
-          add_block_of<Policy, kBlock, true>(height, a, a, stride, width, sums + block_index(i, i) * kPairs);
-        }
+void add_tile(const Tile<Policy>& tile, double* sums) {
+  const int64_t blocks = blocks_of(tile.T);
+  for (int64_t panel = 0; panel < blocks; panel += kPanel) {
+    for (int64_t i = panel; i < blocks; ++i) {
+      const int64_t height = smaller(kBlock, tile.T - i * kBlock);
+      for (int64_t j = panel; j < smaller(i, panel + kPanel); ++j) {
+        tile.template add<false>(i, j, height, sums + block_index(i, j) * kPairs);
       }
+      if (i < panel + kPanel) tile.template add<true>(i, i, height, sums + block_index(i, i) * kPairs);
     }
   }
 }
 
-inline int64_t gram_scratch(int64_t T) { return block_index((T + kBlock - 1) / kBlock, 0) * kPairs; }
+// ---- tiles in memory of their own: converted once, whole steps, and no two rows in the same cache sets
 
-template <class Small, class Large>
-void gram(const void* data, int64_t T, int64_t row_stride, int64_t begin, int64_t end, double* scratch,
-          double* packed) {
-  for (int64_t s = 0; s < gram_scratch(T); ++s) scratch[s] = 0;
-  const auto* rows = static_cast<const typename Small::E*>(data) + begin;
-  (T <= kExactRows ? add_tiles<Small> : add_tiles<Large>)(rows, T, row_stride, end - begin, scratch);
+template <class To, class From>
+inline void convert(const From* from, To* to) {  // one vector
+  if constexpr (sizeof(To) == 8) {
+    store(to, load_doubles(from));
+  } else if constexpr (sizeof(To) == 4) {
+    store(to, load_floats(from));
+  } else {
+    __builtin_memcpy(to, from, 2 * kFloats * sizeof(To));
+  }
+}
+
+template <class Policy, class From>
+void pack(const From* rows, int64_t T, int64_t stride, int64_t columns, typename Policy::E* packed,
+          int64_t packed_stride) {
+  for (int64_t row = 0; row < T; ++row, rows += stride, packed += packed_stride) {
+    int64_t column = 0;
+    for (; column + Policy::kStep <= columns; column += Policy::kStep) convert(rows + column, packed + column);
+    if (column < columns) {
+      From padded[Policy::kStep] = {};
+      __builtin_memcpy(padded, rows + column, (columns - column) * sizeof(From));
+      convert(padded, packed + column);
+    }
+  }
+}
+
+// ---- all columns
+
+inline int64_t sums_size(int64_t T) { return (block_index(blocks_of(T), 0) * kPairs + 7) / 8 * 8; }
+
+// Elements between packed rows: a cache line past the tile, so that rows do not share cache sets.
+template <class Policy>
+constexpr int64_t kPackedStride = Policy::kTile + 64 / static_cast<int64_t>(sizeof(typename Policy::E));
+
+// Doubles of scratch: the sums of the blocks, and room for one packed tile of the widest type.
+inline int64_t gram_scratch(int64_t T) { return sums_size(T) + T * kPackedStride<InDoubles<double>>; }
+
+// Whole tiles are read where they are, if Direct says how; the last one, and all where it does not, are packed.
+template <class From, class Direct, class Packed>
+void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, double* sums, void* buffer) {
+  constexpr int64_t kTile = Packed::kTile, kSize = sizeof(From);
+  auto* packed = static_cast<typename Packed::E*>(buffer);
+  for (int64_t column = 0; column < columns; column += kTile) {
+    const int64_t width = smaller(kTile, columns - column);
+    const From* tile = rows + column;
+    const char* ahead = reinterpret_cast<const char*>(tile) + kTile * kSize;
+    if constexpr (!std::is_same_v<Direct, void>) {
+      static_assert(Direct::kTile == kTile, "whole tiles may be read either way");
+      if (width == kTile) {
+        add_tile(Tile<Direct>{tile, T, stride, width, ahead, stride * kSize, Direct::kStep * kSize}, sums);
+        continue;
+      }
+    }
+    pack<Packed>(tile, T, stride, width, packed, kPackedStride<Packed>);
+    const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
+    add_tile(Tile<Packed>{packed, T, kPackedStride<Packed>, steps * Packed::kStep, ahead, stride * kSize,
+                          Packed::kStep * kSize},
+             sums);
+  }
+}
+
+template <class From, class Direct, class SmallPacked, class LargePacked>
+void gram(const void* data, int64_t T, int64_t row_stride, int64_t begin, int64_t end, bool small_group,
+          double* scratch, double* packed) {
+  void* buffer = scratch + sums_size(T);
+  for (int64_t s = 0; s < sums_size(T); ++s) scratch[s] = 0;
+  auto add = small_group       ? add_columns<From, InDoubles<From>, InDoubles<double>>
+             : T <= kExactRows ? add_columns<From, Direct, SmallPacked>
+                               : add_columns<From, void, LargePacked>;
+  add(static_cast<const From*>(data) + begin, T, row_stride, end - begin, scratch, buffer);
   for (int64_t i = 0; i < T; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       *packed++ = scratch[block_index(i / kBlock, j / kBlock) * kPairs + i % kBlock * kBlock + j % kBlock];

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "gradvac/cpu.h"
@@ -34,6 +35,23 @@ int useful_threads(const Buffer& grads, int threads);
 // Bytes of the last cache level.
 std::int64_t cache_bytes();
 
+constexpr std::int64_t kCacheLine = 64;
+constexpr std::int64_t round_up(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }
+
+// Uninitialised doubles that begin with a cache line.
+class AlignedDoubles {
+ public:
+  explicit AlignedDoubles(std::int64_t count)
+      : data_(static_cast<double*>(::operator new(count * sizeof(double), std::align_val_t(kCacheLine)))) {}
+  AlignedDoubles(const AlignedDoubles&) = delete;
+  AlignedDoubles& operator=(const AlignedDoubles&) = delete;
+  ~AlignedDoubles() { ::operator delete(data_, std::align_val_t(kCacheLine)); }
+  double& operator[](std::int64_t i) { return data_[i]; }
+
+ private:
+  double* data_;
+};
+
 class GramPhase {
  public:
   GramPhase(const Buffer& grads, const Segments& segments, int threads);
@@ -45,7 +63,8 @@ class GramPhase {
   const Segments& segments_;
   const Variant& variant_;
   std::int64_t scratch_size_, packed_size_;
-  std::unique_ptr<double[]> scratch_, packed_;
+  AlignedDoubles scratch_;            // [threads, scratch_size_]
+  std::unique_ptr<double[]> packed_;  // [segments, packed_size_]
 };
 
 class CoefficientPhase {
@@ -65,9 +84,9 @@ class CoefficientPhase {
     std::uint64_t key;
     std::int64_t other;
   };
-  std::unique_ptr<double[]> v_;             // [threads, T]
-  std::unique_ptr<Ranked[]> ranked_;        // [threads, T]
-  std::unique_ptr<std::int64_t[]> order_;   // [threads, T]
+  std::unique_ptr<double[]> v_;            // [threads, T]
+  std::unique_ptr<Ranked[]> ranked_;       // [threads, T]
+  std::unique_ptr<std::int64_t[]> order_;  // [threads, T]
 };
 
 class CombinePhase {

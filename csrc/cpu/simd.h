@@ -22,11 +22,11 @@ constexpr int kDoubles = kBytes / 8, kFloats = kBytes / 4;
 
 typedef double VecD __attribute__((vector_size(kBytes)));
 typedef float VecF __attribute__((vector_size(kBytes)));
-typedef float HalfF __attribute__((vector_size(kBytes / 2)));          // as many floats as VecD has doubles
+typedef float HalfF __attribute__((vector_size(kBytes / 2)));  // as many floats as VecD has doubles
 typedef uint32_t HalfU __attribute__((vector_size(kBytes / 2)));
-typedef uint16_t HalfH __attribute__((vector_size(kBytes / 2)));      // as many 16-bit values as VecF has floats
+typedef uint16_t HalfH __attribute__((vector_size(kBytes / 2)));  // as many 16-bit values as VecF has floats
 typedef uint32_t VecU __attribute__((vector_size(kBytes)));
-typedef uint16_t QuarterH __attribute__((vector_size(kBytes / 4)));    // as many 16-bit values as VecD has doubles
+typedef uint16_t QuarterH __attribute__((vector_size(kBytes / 4)));  // as many 16-bit values as VecD has doubles
 
 template <class V>
 inline V load(const void* p) {
@@ -80,19 +80,35 @@ inline Float16 to_float16(float x) {
   return {static_cast<uint16_t>(sign | (magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13)};
 }
 
-// ---- vectors of doubles and of floats from gradients of any type
+// ---- vectors of doubles and of floats from gradients of any type (GCC 12 splits these conversions: intrinsics)
+
+inline VecD widen(HalfF v) {
+#if defined(__AVX512F__)
+  return bits<VecD>(_mm512_cvtps_pd(bits<__m256>(v)));
+#elif defined(__AVX2__)
+  return bits<VecD>(_mm256_cvtps_pd(bits<__m128>(v)));
+#else
+  return __builtin_convertvector(v, VecD);
+#endif
+}
 
 inline VecD load_doubles(const double* p) { return load<VecD>(p); }
-inline VecD load_doubles(const float* p) { return __builtin_convertvector(load<HalfF>(p), VecD); }
+inline VecD load_doubles(const float* p) { return widen(load<HalfF>(p)); }
 inline VecD load_doubles(const Bfloat16* p) {
-  const HalfU wide = __builtin_convertvector(load<QuarterH>(p), HalfU) << 16;
-  return __builtin_convertvector(bits<HalfF>(wide), VecD);
+#if defined(__AVX512F__)
+  return widen(bits<HalfF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(load<QuarterH>(p))), 16)));
+#elif defined(__AVX2__)
+  return widen(
+      bits<HalfF>(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16)));
+#else
+  return widen(bits<HalfF>(__builtin_convertvector(load<QuarterH>(p), HalfU) << 16));
+#endif
 }
 inline VecD load_doubles(const Float16* p) {
 #if defined(__AVX512F__)
-  return __builtin_convertvector(bits<HalfF>(_mm256_cvtph_ps(bits<__m128i>(load<QuarterH>(p)))), VecD);
+  return widen(bits<HalfF>(_mm256_cvtph_ps(bits<__m128i>(load<QuarterH>(p)))));
 #elif defined(__AVX2__)
-  return __builtin_convertvector(bits<HalfF>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))), VecD);
+  return widen(bits<HalfF>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
   VecD v;
   for (int lane = 0; lane < kDoubles; ++lane) v[lane] = to_float(p[lane]);
@@ -102,7 +118,13 @@ inline VecD load_doubles(const Float16* p) {
 
 inline VecF load_floats(const float* p) { return load<VecF>(p); }
 inline VecF load_floats(const Bfloat16* p) {
+#if defined(__AVX512F__)
+  return bits<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(load<HalfH>(p))), 16));
+#elif defined(__AVX2__)
+  return bits<VecF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(load<HalfH>(p))), 16));
+#else
   return bits<VecF>(__builtin_convertvector(load<HalfH>(p), VecU) << 16);
+#endif
 }
 inline VecF load_floats(const Float16* p) {
 #if defined(__AVX512F__)
@@ -149,9 +171,16 @@ inline VecD sum_each(const VecD* v) {
 
 inline VecD fold_lanes(VecD v) { return v; }
 inline VecD fold_lanes(VecF v) {
-  HalfF halves[2];
-  __builtin_memcpy(halves, &v, sizeof(v));
-  return __builtin_convertvector(halves[0], VecD) + __builtin_convertvector(halves[1], VecD);
+#if defined(__AVX512F__)
+  const __m512 all = bits<__m512>(v);
+  const __m256 low = _mm512_castps512_ps256(all), high = _mm512_extractf32x8_ps(all, 1);
+#elif defined(__AVX2__)
+  const __m256 all = bits<__m256>(v);
+  const __m128 low = _mm256_castps256_ps128(all), high = _mm256_extractf128_ps(all, 1);
+#else
+  const HalfF low = __builtin_shufflevector(v, v, 0, 1), high = __builtin_shufflevector(v, v, 2, 3);
+#endif
+  return widen(bits<HalfF>(low)) + widen(bits<HalfF>(high));
 }
 
 }  // namespace gradvac::cpu::GRADVAC_VARIANT

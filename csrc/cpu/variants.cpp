@@ -23,7 +23,9 @@ namespace {
 
 const Variant* const kVariants[] = {
 #ifdef GRADVAC_X86
-    &avx512_bf16::table, &avx512::table, &avx2::table,
+    &avx512_bf16::table,
+    &avx512::table,
+    &avx2::table,
 #endif
     &portable::table,
 };

@@ -8,9 +8,9 @@
 namespace gradvac::cpu {
 
 // scratch: as many doubles as the variant's gram_scratch(T) says
-// packed[i (i + 1) / 2 + j] = <g_i, g_j> over columns [begin, end), j <= i
+// packed[i (i + 1) / 2 + j] = <g_i, g_j> over columns [begin, end), j <= i; small_group: they belong to one
 using GramKernel = void (*)(const void* data, std::int64_t T, std::int64_t row_stride, std::int64_t begin,
-                            std::int64_t end, double* scratch, double* packed);
+                            std::int64_t end, bool small_group, double* scratch, double* packed);
 // out[p] = sum_j weights[j] g_j[p] for p in [begin, end); `stream` past the cache
 using CombineKernel = void (*)(const void* data, std::int64_t T, std::int64_t row_stride, std::int64_t begin,
                                std::int64_t end, const double* weights, void* out, Dtype out_dtype, bool stream);

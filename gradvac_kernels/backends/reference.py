@@ -7,7 +7,7 @@ import torch
 from ..numerics import MAX_TARGET, Precision, precision
 from ..order import task_order
 
-_COLUMNS = 1 << 16  # columns taken to float64 at a time
+_COLUMNS = 1 << 12  # columns taken to float64 at a time: little memory, and short chains of additions
 
 
 def why_unavailable() -> str | None:
@@ -27,7 +27,7 @@ def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         for column in range(begin, end, _COLUMNS):
             block = grads[:, column : min(column + _COLUMNS, end)].double()
             G[k] += block @ block.T
-    return G
+    return G.tril() + G.tril(-1).mT  # BLAS may round the two halves differently
 
 
 def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:
@@ -58,23 +58,25 @@ def coefficients(
     ids = torch.arange(T, device=G.device) if task_ids is None else task_ids
     square = G.diagonal(dim1=1, dim2=2)  # [K, T]
     usable = (square >= limits.smallest) & (square <= limits.largest)  # False for NaN
+    square = torch.where(usable, square, 1.0)
     G = torch.where(usable[:, :, None] & usable[:, None, :], G, 0.0)
-    norm = torch.where(usable, square, 1.0).sqrt()
     may_turn = usable if turnable is None else usable & turnable
 
     C = torch.eye(T, dtype=G.dtype, device=G.device).repeat(K, 1, 1)  # [K, T, T]
     V = G.clone()  # V[k, i] = G c_i
-    n2 = torch.where(usable, square, 1.0)  # [K, T]
-    added = norm.clone()  # [K, T], sum_j |c_ij| |g_j|
+    n2 = square.clone()  # [K, T]
+    added = square.sqrt()  # [K, T], sum_j |c_ij| |g_j|
     similarity = torch.full_like(G, torch.nan)
     corrected = torch.zeros_like(G, dtype=torch.bool)
     group = torch.arange(K, device=G.device)[:, None]
     row = torch.arange(T, device=G.device)
     for j in order.unbind(2):  # [K, T]: one other row for each group and row
-        v_j, norm_j = V[group, row, j], norm[group, j]
+        v_j, square_j = V[group, row, j], square[group, j]
+        norm_j = square_j.sqrt()
         measured = may_turn & usable[group, j] & (n2 > limits.noise * added**2)
-        length = torch.where(measured, n2, 1.0).sqrt()
-        phi = (v_j / length / norm_j).clamp(-1.0, 1.0)
+        left = torch.where(measured, n2, 1.0)
+        length = left.sqrt()
+        phi = (v_j / (left * square_j).sqrt()).clamp(-1.0, 1.0)
         hat = torch.full_like(phi, target) if ema is None else ema[group, ids, ids[j]]  # type: ignore[arg-type]
         goal = hat.clamp(max=MAX_TARGET)
         turn = measured & (phi < goal)

@@ -43,7 +43,7 @@ class GradVac:
         if num_tasks is not None:
             ops.check_int("num_tasks", num_tasks, 1)
         self.beta = beta
-        self.vaccinated = None if vaccinated is None else tuple(vaccinated)
+        self.vaccinated = None if vaccinated is None else ops.check_ids("vaccinated", vaccinated)
         self.target = target
         self.num_tasks = num_tasks
         self.seed = seed
@@ -81,6 +81,7 @@ class GradVac:
                 ema = torch.zeros(len(groups), num_tasks, num_tasks, dtype=torch.float64, device=grads.device)
             elif len(ema) != len(groups):
                 raise ValueError(f"groups: expected the {len(ema)} groups of the calls before, got {len(groups)}")
+            ema = ema.to(grads.device)  # a checkpoint may have been loaded elsewhere
         found = ops.vaccinate(
             grads,
             groups,

@@ -10,9 +10,7 @@ namespace gradvac::cpu {
 
 enum class Dtype { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 constexpr int kDtypes = 4;
-constexpr std::size_t size_of(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+constexpr std::size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // grads [T, P] with contiguous rows `row_stride` elements apart; bounds [K, 2], first column and one past the last.
 struct Buffer {
@@ -29,9 +27,9 @@ struct Result {
 };
 
 struct Vaccine {
-  double* ema;      // [K, N, N], or null for a constant target
+  double* ema;  // [K, N, N], or null for a constant target
   std::int64_t N;
-  double target;    // the constant target, where ema is null
+  double target;  // the constant target, where ema is null
   Rule rule;
   const std::int64_t* task_ids;  // [T], or null: row t is task t
   const bool* turnable;          // [T], or null: every row may be turned

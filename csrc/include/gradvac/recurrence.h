@@ -1,7 +1,8 @@
 // Algorithm 1 of Wang et al., "Gradient Vaccine" (ICLR 2021), in Gram space: one meeting of two tasks.
 //
-// Row i is g'_i = sum_j c_ij g_j, and all that is needed of it are v = G c_i and n2 = c_i' G c_i. Whoever runs the inner
-// loop keeps c and v (a CPU in an array, a GPU across lanes) and, after each meeting, adds a to c_ij and a G[:, j] to v.
+// Row i is g'_i = sum_j c_ij g_j, and all that is needed of it are v = G c_i and n2 = c_i' G c_i. Whoever runs the
+// inner loop keeps c and v (a CPU in an array, a GPU across lanes) and, after each meeting, adds a to c_ij and a G[:,
+// j] to v.
 #pragma once
 
 #include <math.h>
@@ -43,7 +44,7 @@ struct Row {
     const bool lost = !(n2 > rule.limits.noise * added * added);  // what is left of g'_i is rounding
     if (lost || !rule.limits.usable(square_j)) return meeting;
     const double length = sqrt(n2), norm_j = sqrt(square_j);
-    const double phi = fmin(fmax(v_j / length / norm_j, -1.0), 1.0);
+    const double phi = fmin(fmax(v_j / sqrt(n2 * square_j), -1.0), 1.0);  // exactly -1 for g_j = -g'_i
     const double goal = fmin(hat, rule.max_target);
     meeting.measured = true;
     meeting.phi = phi;

@@ -1,0 +1,65 @@
+# make demo and make test set up what they need first, in .venv; VENV= (empty) uses the Python at hand as it is.
+PYTHON ?= python3
+VENV ?= .venv
+export PIP_CONSTRAINT := $(CURDIR)/constraints-dev.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+NATIVE := $(shell find csrc -type f)
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SANITIZED := build/sanitize
+
+ifeq ($(VENV),)
+PY := $(PYTHON)
+BIN :=
+READY := build/.ready
+else
+PY := $(VENV)/bin/python
+BIN := $(VENV)/bin/
+READY := $(VENV)/.ready
+endif
+
+.PHONY: setup demo test lint format bench sanitize clean
+
+setup: $(READY)
+
+ifeq ($(VENV),)
+$(READY): setup.py pyproject.toml $(NATIVE)
+	$(PY) setup.py build_ext --inplace
+	@mkdir -p $(@D) && touch $@
+else
+$(READY): setup.py pyproject.toml constraints-dev.txt $(NATIVE)
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --editable '.[demo,test,bench,dev]'
+	@touch $@
+endif
+
+demo: $(READY)
+	$(PY) -m gradvac_kernels.demo $(ARGS)
+
+test: $(READY)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(BIN)clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(BIN)clang-format -i $(CXX_FILES)
+
+bench: $(READY)
+	$(PY) -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json $(ARGS)
+
+# A build of its own under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run native code in it.
+sanitize: $(READY)
+	GRADVAC_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED)
+	cd $(SANITIZED) && PYTHONPATH=$$(echo $(CURDIR)/$(SANITIZED)/lib.*) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
+	  $(abspath $(PY)) -P -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -k cpu \
+	  $(addprefix $(CURDIR)/tests/,test_gram.py test_combine.py test_numerics.py test_bits.py test_order.py test_traps.py) $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .venv gradvac_kernels/*.so demo-output

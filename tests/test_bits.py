@@ -1,0 +1,86 @@
+"""The native kernels give the same bits for any number of threads, on every run, and on a slab of the groups."""
+
+import pytest
+import torch
+from cases import LAYOUTS, task_gradients
+
+import gradvac_kernels as gvk
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MANY = gvk.ParameterGroups.from_sizes(
+    {str(k): size for k, size in enumerate((40_000, 0, 1, 700, 16_384, 33_000, 5, 9_000))}
+)
+
+
+def everything(grads, groups, backend, threads=2):
+    torch.set_num_threads(threads)
+    ema = torch.full((len(groups), len(grads), len(grads)), 0.2, dtype=torch.float64)
+    weights = torch.randn(len(MANY), len(grads), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = gvk.vaccinate(grads, groups, ema, seed=3, step=9, backend=backend)
+    return [
+        gvk.gram(grads, groups, backend=backend),
+        gvk.combine(grads, weights[groups.first : groups.first + len(groups)].contiguous(), groups, backend=backend),
+        found.gradient,
+        found.weights,
+        found.similarity.nan_to_num(7.0),
+        found.corrected,
+        ema,
+    ]
+
+
+def same_bits(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [2, 7, 16, 21])
+def test_threads_and_repetition(native, T, dtype):
+    grads = task_gradients(T, MANY, dtype=dtype)
+    once = everything(grads, MANY, native, threads=1)
+    for threads in (1, 2, 3, 8, 2):
+        assert same_bits(once, everything(grads, MANY, native, threads=threads))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [5, 18])
+@pytest.mark.parametrize("align", [1, 64])
+def test_a_slab_gives_what_the_whole_buffer_gives(native, T, dtype, align):
+    groups = gvk.ParameterGroups.from_sizes(dict(zip(MANY.names, MANY.sizes)), align=align)
+    grads = task_gradients(T, groups, dtype=dtype)
+    gram, combined, gradient, *rest = everything(grads, groups, native)
+    for start, stop in ((0, 1), (0, 8), (3, 6), (5, 8), (2, 3)):
+        slab = groups[start:stop]
+        begin = groups.offsets[start]
+        copied = grads[:, begin : begin + slab.numel].clone()
+        in_place = grads[:, begin : begin + slab.numel]
+        for part in (copied, in_place):
+            found = everything(part, slab, native)
+            assert torch.equal(found[0], gram[start:stop])
+            for k, (first, last) in enumerate(slab.bounds.tolist()):
+                whole = slice(*groups.bounds[start + k].tolist())
+                assert torch.equal(found[1][first:last], combined[whole])
+                assert torch.equal(found[2][first:last], gradient[whole])
+            assert same_bits(found[3:], [tensor[start:stop] for tensor in rest])
+
+
+def test_wider_rows_give_the_same_bits(native):
+    groups = LAYOUTS["long"]
+    plain = everything(task_gradients(9, groups), groups, native)
+    assert same_bits(plain, everything(task_gradients(9, groups, skew=5), groups, native))
+
+
+def test_another_seed_or_step_gives_another_result(native):
+    grads = task_gradients(7, MANY)
+    found = {
+        (seed, step): gvk.vaccinate(grads, MANY, None, target=0.3, seed=seed, step=step, backend=native).gradient
+        for seed in (0, 1)
+        for step in (0, 1)
+    }
+    assert len({tuple(gradient[:700].tolist()) for gradient in found.values()}) == 4
+
+
+def test_pieces_are_equal_to_the_whole_call(native):
+    """vaccinate is gram, coefficients and combine: combining its weights gives its gradient, bit for bit."""
+    grads = task_gradients(7, MANY)
+    found = gvk.vaccinate(grads, MANY, None, target=0.3, backend=native)
+    assert torch.equal(gvk.combine(grads, found.weights, MANY, backend=native), found.gradient)

@@ -1,0 +1,74 @@
+"""The package without its native module, the report of the environment, and the choice of instruction set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gradvac_kernels as gvk
+from gradvac_kernels.backends import cpu
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120
+    )
+
+
+def test_report():
+    done = subprocess.run([sys.executable, "-m", "gradvac_kernels.env"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = dict(
+        line.split(None, 1) if not line.startswith("instruction set") else ("isa", line)
+        for line in done.stdout.splitlines()
+    )
+    assert lines["torch"] == torch.__version__
+    assert lines["gradvac_kernels"] == gvk.__version__
+    assert lines["backends"].split(", ") == list(gvk.available_backends())
+    assert cpu.instruction_sets()[0] in lines["isa"]
+
+
+WITHOUT = """
+import sys
+sys.modules["gradvac_kernels._cpu"] = None  # an import of it fails
+import torch, gradvac_kernels as gvk
+"""
+
+
+def test_without_the_native_module_the_reference_works():
+    done = python(
+        WITHOUT
+        + """
+assert gvk.available_backends() == ("reference",)
+groups = gvk.ParameterGroups.from_sizes({"a": 3})
+print(gvk.gram(torch.ones(2, 3), groups).tolist())
+try:
+    gvk.gram(torch.ones(2, 3), groups, backend="cpu")
+except ValueError as error:
+    print(error)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "[[[3.0, 3.0], [3.0, 3.0]]]"
+    assert "backend: 'cpu' cannot be used here: the native module gradvac_kernels._cpu is not built" in done.stdout
+
+
+def test_the_report_says_why_a_backend_is_missing():
+    done = python(WITHOUT + "import runpy; runpy.run_module('gradvac_kernels.env', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    assert "backend cpu      missing: the native module gradvac_kernels._cpu is not built" in done.stdout
+
+
+@pytest.mark.parametrize("name", cpu.instruction_sets())
+def test_the_environment_forces_an_instruction_set(name):
+    done = python("from gradvac_kernels.backends import cpu; print(cpu.instruction_set())", GRADVAC_CPU_ISA=name)
+    assert done.stdout.strip() == name
+
+
+def test_an_unknown_instruction_set_is_refused():
+    done = python("import gradvac_kernels", GRADVAC_CPU_ISA="sse9")
+    assert done.returncode != 0
+    assert "GRADVAC_CPU_ISA: expected one of" in done.stderr
+    assert "got 'sse9'" in done.stderr
