@@ -58,7 +58,7 @@ sanitize: $(READY)
 	GRADVAC_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=$$(echo $(CURDIR)/$(SANITIZED)/lib.*) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
-	  $(abspath $(PY)) -P -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -k cpu \
+	  $(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -k cpu \
 	  $(addprefix $(CURDIR)/tests/,test_gram.py test_combine.py test_numerics.py test_bits.py test_order.py test_traps.py) $(ARGS)
 
 clean:
