@@ -44,7 +44,7 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
 
     Returns:
         ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (rows of equal
-        entries, where all roundings are alike: 7e-7). Entries beyond about 1e18, or below 1e-19, have squares outside
+        entries, where all roundings are alike: 5e-7). Entries beyond about 1e18, or below 1e-19, have squares outside
         float32's range (float64 gradients excepted).
 
     Raises:

@@ -14,9 +14,10 @@
 namespace gradvac::cpu::GRADVAC_VARIANT {
 
 constexpr int64_t kExactRows = 16;
-constexpr int64_t kChain = 32;  // additions in float32 before float64 takes over
-constexpr int64_t kPanel = 3;   // blocks of rows that stay in the first-level cache while the others pass
-constexpr int kPairs = (kBlock * kBlock + kDoubles - 1) / kDoubles * kDoubles;
+constexpr int64_t kChain = 16;  // additions in float32 before float64 takes over
+
+constexpr int64_t kPanel = 6;  // blocks of rows that stay in the first-level cache while the others pass
+constexpr int kPairs = (kBlock * kBlock + 3) / 4 * 4;
 
 // ---- how elements become vectors and products become sums
 
@@ -76,20 +77,19 @@ inline void add_block(const typename Policy::E* a, const typename Policy::E* b, 
 #pragma GCC unroll 4
       for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
     }
-    if (kDiagonal) {
-      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
-      ahead += ahead_step;
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
+    ahead += ahead_step;
+  }
+#pragma GCC unroll 4
+  for (int first = 0; first < kPairs; first += 4) {
+    typename Policy::Acc four[4] = {};
+#pragma GCC unroll 4
+    for (int pair = first; pair < first + 4; ++pair) {
+      const int m = pair / kBlock, n = pair % kBlock;
+      if (m < M && n < (kDiagonal ? m + 1 : N)) four[pair - first] = acc[m < M ? m : 0][n < N ? n : 0];
     }
-  }
-  VecD folded[kPairs];
-#pragma GCC unroll 16
-  for (int pair = 0; pair < kPairs; ++pair) {
-    const int m = pair / kBlock, n = pair % kBlock;
-    folded[pair] = m < M && n < (kDiagonal ? m + 1 : N) ? fold_lanes(acc[m < M ? m : 0][n < N ? n : 0]) : VecD{};
-  }
-#pragma GCC unroll 8
-  for (int first = 0; first < kPairs; first += kDoubles) {
-    store(sums + first, load<VecD>(sums + first) + sum_each(folded + first));
+    add_sums_of_four(four, sums + first);
   }
 }
 
@@ -99,14 +99,16 @@ struct Tile {
   const typename Policy::E* rows;
   int64_t T, stride, columns;
   const char* ahead;
-  int64_t ahead_stride, ahead_step;
+  int64_t ahead_stride, ahead_bytes;
 
   template <bool kDiagonal, int M = kBlock>
   void add(int64_t i, int64_t j, int64_t height, double* sums) const {
     if (height == M) {
-      add_block<Policy, M, kDiagonal ? M : kBlock, kDiagonal>(rows + i * kBlock * stride, rows + j * kBlock * stride,
-                                                              stride, columns, ahead + i * kBlock * ahead_stride,
-                                                              ahead_stride, ahead_step, sums);
+      const int64_t share = (ahead_bytes + i) / (i + 1);
+      add_block<Policy, M, kDiagonal ? M : kBlock, kDiagonal>(
+          rows + i * kBlock * stride, rows + j * kBlock * stride, stride, columns,
+          ahead + i * kBlock * ahead_stride + j * share, ahead_stride, (share * Policy::kStep + columns - 1) / columns,
+          sums);
     } else if constexpr (M > 1) {
       add<kDiagonal, M - 1>(i, j, height, sums);
     }
@@ -181,26 +183,26 @@ void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, d
     if constexpr (!std::is_same_v<Direct, void>) {
       static_assert(Direct::kTile == kTile, "whole tiles may be read either way");
       if (width == kTile) {
-        add_tile(Tile<Direct>{tile, T, stride, width, ahead, stride * kSize, Direct::kStep * kSize}, sums);
+        add_tile(Tile<Direct>{tile, T, stride, width, ahead, stride * kSize, width * kSize}, sums);
         continue;
       }
     }
     pack<Packed>(tile, T, stride, width, packed, kPackedStride<Packed>);
     const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
-    add_tile(Tile<Packed>{packed, T, kPackedStride<Packed>, steps * Packed::kStep, ahead, stride * kSize,
-                          Packed::kStep * kSize},
-             sums);
+    add_tile(
+        Tile<Packed>{packed, T, kPackedStride<Packed>, steps * Packed::kStep, ahead, stride * kSize, width * kSize},
+        sums);
   }
 }
 
-template <class From, class Direct, class SmallPacked, class LargePacked>
+template <class From, class Direct, class SmallPacked, class LargeDirect, class LargePacked>
 void gram(const void* data, int64_t T, int64_t row_stride, int64_t begin, int64_t end, bool small_group,
           double* scratch, double* packed) {
   void* buffer = scratch + sums_size(T);
   for (int64_t s = 0; s < sums_size(T); ++s) scratch[s] = 0;
   auto add = small_group       ? add_columns<From, InDoubles<From>, InDoubles<double>>
              : T <= kExactRows ? add_columns<From, Direct, SmallPacked>
-                               : add_columns<From, void, LargePacked>;
+                               : add_columns<From, LargeDirect, LargePacked>;
   add(static_cast<const From*>(data) + begin, T, row_stride, end - begin, scratch, buffer);
   for (int64_t i = 0; i < T; ++i) {
     for (int64_t j = 0; j <= i; ++j) {

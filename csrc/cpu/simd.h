@@ -140,47 +140,73 @@ inline VecF load_floats(const Float16* p) {
 
 // ---- sums over lanes
 
-// Lane l becomes the sum of the lanes of v[l], for as many vectors as a vector has lanes.
-inline VecD sum_each(const VecD* v) {
 #if defined(__AVX512F__)
-  VecD pairs[4], fours[2];
-  for (int i = 0; i < 4; ++i) {
-    const VecD a = v[2 * i], b = v[2 * i + 1];
-    pairs[i] = __builtin_shufflevector(a, b, 0, 8, 2, 10, 4, 12, 6, 14) +
-               __builtin_shufflevector(a, b, 1, 9, 3, 11, 5, 13, 7, 15);
-  }
-  for (int i = 0; i < 2; ++i) {
-    const VecD a = pairs[2 * i], b = pairs[2 * i + 1];
-    fours[i] = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
-               __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  return __builtin_shufflevector(fours[0], fours[1], 0, 1, 2, 3, 8, 9, 10, 11) +
-         __builtin_shufflevector(fours[0], fours[1], 4, 5, 6, 7, 12, 13, 14, 15);
+#define GRADVAC_SHUFFLE_PAIRS_LOW 0, 8, 2, 10, 4, 12, 6, 14
+#define GRADVAC_SHUFFLE_PAIRS_HIGH 1, 9, 3, 11, 5, 13, 7, 15
+#define GRADVAC_SHUFFLE_FLOATS_LOW 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29
+#define GRADVAC_SHUFFLE_FLOATS_HIGH 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31
 #elif defined(__AVX2__)
-  VecD pairs[2];
-  for (int i = 0; i < 2; ++i) {
-    const VecD a = v[2 * i], b = v[2 * i + 1];
-    pairs[i] = __builtin_shufflevector(a, b, 0, 4, 2, 6) + __builtin_shufflevector(a, b, 1, 5, 3, 7);
-  }
-  return __builtin_shufflevector(pairs[0], pairs[1], 0, 1, 4, 5) +
-         __builtin_shufflevector(pairs[0], pairs[1], 2, 3, 6, 7);
+#define GRADVAC_SHUFFLE_PAIRS_LOW 0, 4, 2, 6
+#define GRADVAC_SHUFFLE_PAIRS_HIGH 1, 5, 3, 7
+#define GRADVAC_SHUFFLE_FLOATS_LOW 0, 8, 1, 9, 4, 12, 5, 13
+#define GRADVAC_SHUFFLE_FLOATS_HIGH 2, 10, 3, 11, 6, 14, 7, 15
 #else
-  return __builtin_shufflevector(v[0], v[1], 0, 2) + __builtin_shufflevector(v[0], v[1], 1, 3);
+#define GRADVAC_SHUFFLE_PAIRS_LOW 0, 2
+#define GRADVAC_SHUFFLE_PAIRS_HIGH 1, 3
+#define GRADVAC_SHUFFLE_FLOATS_LOW 0, 4, 1, 5
+#define GRADVAC_SHUFFLE_FLOATS_HIGH 2, 6, 3, 7
+#endif
+
+inline VecD low_pairs(VecD a, VecD b) { return __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_PAIRS_LOW); }
+inline VecD high_pairs(VecD a, VecD b) { return __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_PAIRS_HIGH); }
+
+// In every 128 bits: the sum of a's two doubles, and of b's.
+inline VecD sum_pairs(VecD a, VecD b) { return low_pairs(a, b) + high_pairs(a, b); }
+
+// In every 128 bits: the sums of the four floats of a, of b, of c and of d.
+inline VecF sum_fours(VecF a, VecF b, VecF c, VecF d) {
+  const VecF ab = __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_FLOATS_LOW) +
+                  __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_FLOATS_HIGH);
+  const VecF cd = __builtin_shufflevector(c, d, GRADVAC_SHUFFLE_FLOATS_LOW) +
+                  __builtin_shufflevector(c, d, GRADVAC_SHUFFLE_FLOATS_HIGH);
+  return bits<VecF>(low_pairs(bits<VecD>(ab), bits<VecD>(cd))) + bits<VecF>(high_pairs(bits<VecD>(ab), bits<VecD>(cd)));
+}
+
+// sums[i] += the sum of the lanes of v[i], for four vectors.
+inline void add_sums_of_four(const VecD* v, double* sums) {
+  const VecD ab = sum_pairs(v[0], v[1]), cd = sum_pairs(v[2], v[3]);
+#if defined(__AVX512F__)
+  // ab: [a, b] in each of four 128 bits
+  const VecD low = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
+  const VecD high = __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  const VecD four = low + high;  // [a, b, c, d] twice
+  _mm256_storeu_pd(sums, _mm256_loadu_pd(sums) + (_mm512_castpd512_pd256(bits<__m512d>(four)) +
+                                                  _mm512_extractf64x4_pd(bits<__m512d>(four), 1)));
+#elif defined(__AVX2__)
+  const VecD four = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  store(sums, load<VecD>(sums) + four);
+#else
+  store(sums, load<VecD>(sums) + ab);
+  store(sums + 2, load<VecD>(sums + 2) + cd);
 #endif
 }
 
-inline VecD fold_lanes(VecD v) { return v; }
-inline VecD fold_lanes(VecF v) {
+inline void add_sums_of_four(const VecF* v, double* sums) {
+  const VecF fours = sum_fours(v[0], v[1], v[2], v[3]);  // lanes four apart are added in float64
 #if defined(__AVX512F__)
-  const __m512 all = bits<__m512>(v);
-  const __m256 low = _mm512_castps512_ps256(all), high = _mm512_extractf32x8_ps(all, 1);
+  const __m512 all = bits<__m512>(fours);
+  const VecD halves =
+      widen(bits<HalfF>(_mm512_castps512_ps256(all))) + widen(bits<HalfF>(_mm512_extractf32x8_ps(all, 1)));
+  _mm256_storeu_pd(sums, _mm256_loadu_pd(sums) + (_mm512_castpd512_pd256(bits<__m512d>(halves)) +
+                                                  _mm512_extractf64x4_pd(bits<__m512d>(halves), 1)));
 #elif defined(__AVX2__)
-  const __m256 all = bits<__m256>(v);
-  const __m128 low = _mm256_castps256_ps128(all), high = _mm256_extractf128_ps(all, 1);
+  const __m256 all = bits<__m256>(fours);
+  store(sums, load<VecD>(sums) + (widen(bits<HalfF>(_mm256_castps256_ps128(all))) +
+                                  widen(bits<HalfF>(_mm256_extractf128_ps(all, 1)))));
 #else
-  const HalfF low = __builtin_shufflevector(v, v, 0, 1), high = __builtin_shufflevector(v, v, 2, 3);
+  store(sums, load<VecD>(sums) + widen(__builtin_shufflevector(fours, fours, 0, 1)));
+  store(sums + 2, load<VecD>(sums + 2) + widen(__builtin_shufflevector(fours, fours, 2, 3)));
 #endif
-  return widen(bits<HalfF>(low)) + widen(bits<HalfF>(high));
 }
 
 }  // namespace gradvac::cpu::GRADVAC_VARIANT
