@@ -6,6 +6,7 @@ value when the operator runs; what lies on a device is never read back.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,18 +17,18 @@ from .groups import ParameterGroups
 from .numerics import DTYPES
 from .result import Vaccination
 
-_INT64 = range(-(2**63), 2**63)
-
 _library = torch.library.Library("gradvac", "DEF")
 _library.define("gram(Tensor grads, Tensor bounds, str? backend=None) -> Tensor")
 _library.define("combine(Tensor grads, Tensor weights, Tensor bounds, Tensor(a!) out, str? backend=None) -> ()")
 _library.define(
     "vaccinate(Tensor grads, Tensor bounds, Tensor(a!)? ema, Tensor(b!) out, float beta, float? target, "
-    "Tensor? task_ids, Tensor? vaccinated, Tensor? order, int seed, int step, int first_group, str? backend=None) "
+    "Tensor? task_ids, Tensor? vaccinated, Tensor? order, SymInt seed, SymInt step, SymInt first_group, "
+    "str? backend=None) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "task_order(int num_groups, int num_tasks, int seed, int step, int first_group, Device device) -> Tensor"
+    "task_order(SymInt num_groups, SymInt num_tasks, SymInt seed, SymInt step, SymInt first_group, "
+    "Device device) -> Tensor"
 )
 
 
@@ -51,7 +52,8 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
         TypeError: ``grads`` or ``groups`` is of another type, or of a dtype that no backend takes.
         ValueError: a shape does not fit, or the backend is unknown, missing or not for this device.
     """
-    _check_face(grads, groups)
+    check_face(grads, groups)
+    _check_backend(backend)
     return torch.ops.gradvac.gram.default(grads.detach(), groups.bounds, backend)
 
 
@@ -80,8 +82,10 @@ def combine(
         TypeError: an argument is of a wrong type or dtype.
         ValueError: a shape or device does not fit, ``out`` overlaps ``grads``, or the backend cannot be used.
     """
-    _check_face(grads, groups)
+    check_face(grads, groups)
+    _check_backend(backend)
     check_tensor("weights", weights, (torch.float64, torch.float32), (len(groups), grads.shape[0]), grads.device)
+    _check_is_tensor("out", out)
     out = _result(grads, groups) if out is None else out
     torch.ops.gradvac.combine.default(
         grads.detach(), weights.detach().to(torch.float64).contiguous(), groups.bounds, out, backend
@@ -135,6 +139,7 @@ def vaccinate(
             the other rows, or the backend cannot be used. Then nothing was changed.
     """
     call = prepare(grads, groups, ema, beta, target, task_ids, vaccinated, order, seed, step, out)
+    _check_backend(backend)
     found = torch.ops.gradvac.vaccinate.default(*call, backend)
     return Vaccination(call.out, *found)
 
@@ -217,9 +222,11 @@ def prepare(
     out: torch.Tensor | None,
 ) -> Call:
     """What a user passes to :func:`vaccinate`, as the operator takes it."""
-    _check_face(grads, groups)
+    check_face(grads, groups)
     check_settings(beta, target, seed)
     check_int("step", step)
+    for name, tensor in (("ema", ema), ("order", order), ("out", out)):
+        _check_is_tensor(name, tensor)
     return Call(
         grads.detach(),
         groups.bounds,
@@ -253,7 +260,7 @@ def check_int(name: str, value: Any, least: int | None = None) -> None:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
-    if isinstance(value, int) and value not in _INT64:
+    if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
 
 
@@ -278,7 +285,17 @@ def check_tensor(
         raise ValueError(f"{name}: expected device {device} (that of grads), got {tensor.device}")
 
 
-def _check_face(grads: Any, groups: Any) -> None:
+def _check_is_tensor(name: str, tensor: Any) -> None:
+    if tensor is not None and not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_backend(backend: Any) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend: expected a name or None, got {backend!r}")
+
+
+def check_face(grads: Any, groups: Any) -> None:
     if not isinstance(groups, ParameterGroups):
         raise TypeError(f"groups: expected ParameterGroups, got {type(groups).__name__}")
     check_tensor("grads", grads, DTYPES, (None, groups.numel))
@@ -291,6 +308,8 @@ def _check_grads(grads: torch.Tensor, bounds: torch.Tensor) -> None:
     if grads.shape[1] > 1 and grads.stride(1) != 1:
         raise ValueError(f"grads: expected contiguous rows (stride 1 along P), got stride {grads.stride(1)}")
     check_tensor("bounds", bounds, (torch.int64,), (None, 2), torch.device("cpu"))
+    if not bounds.is_contiguous():
+        raise ValueError("bounds: expected a contiguous tensor")
 
 
 def _check_out(grads: torch.Tensor, out: torch.Tensor) -> None:
@@ -353,15 +372,17 @@ def _check_layout(grads: torch.Tensor, bounds: torch.Tensor) -> None:
         raise ValueError(f"bounds: expected ascending ranges of the {grads.shape[1]} columns, got {bounds.tolist()}")
 
 
-def _check_apart(name: str, tensor: torch.Tensor, grads: torch.Tensor) -> None:
+def _check_apart(**tensors: torch.Tensor | None) -> None:
+    """No two of these tensors, of which at most one is only read, lie in the same memory."""
+
     def span(t: torch.Tensor) -> tuple[int, int]:
         extent = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride())) + 1
         return t.data_ptr(), t.data_ptr() + extent * t.element_size()
 
-    if tensor.numel() and grads.numel():
-        (begin, end), (first, last) = span(tensor), span(grads)
+    spans = [(name, *span(tensor)) for name, tensor in tensors.items() if tensor is not None and tensor.numel()]
+    for (name, begin, end), (other, first, last) in itertools.combinations(spans, 2):
         if begin < last and first < end:
-            raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps grads")
+            raise ValueError(f"{name}: expected memory of its own, got a tensor that overlaps {other}")
 
 
 def _check_vaccinate_values(
@@ -377,14 +398,13 @@ def _check_vaccinate_values(
     *_: int,
 ) -> None:
     _check_layout(grads, bounds)
-    _check_apart("out", out, grads)
+    _check_apart(out=out, ema=ema, grads=grads)
     T = grads.shape[0]
     N = ema.shape[1] if ema is not None else T if task_ids is None else None
     for name, ids in (("task_ids", task_ids), ("vaccinated", vaccinated)):
         if ids is not None and ids.device.type == "cpu":
             found = ids.tolist()
-            if any(i < 0 or (N is not None and i >= N) for i in found):
-                raise ValueError(f"{name}: expected ids in 0..{'' if N is None else N - 1}, got {found}")
+            check_range(name, found, N)
             if name == "task_ids" and len(set(found)) != len(found):
                 raise ValueError(f"task_ids: expected every task at most once, got {found}")
     if order is not None and order.device.type == "cpu":
@@ -392,6 +412,11 @@ def _check_vaccinate_values(
         others = rows[: T - 1] + (rows[: T - 1] >= rows[:, None])  # [T, T-1]
         if not torch.equal(order.sort(2).values, others.expand_as(order)):
             raise ValueError("order: expected, for each group and row, a permutation of the other rows")
+
+
+def check_range(name: str, ids: Sequence[int], num_tasks: int | None) -> None:
+    if any(i < 0 or (num_tasks is not None and i >= num_tasks) for i in ids):
+        raise ValueError(f"{name}: expected ids in 0..{'' if num_tasks is None else num_tasks - 1}, got {list(ids)}")
 
 
 def check_ids(name: str, ids: Sequence[int]) -> tuple[int, ...]:
@@ -402,6 +427,8 @@ def check_ids(name: str, ids: Sequence[int]) -> tuple[int, ...]:
         raise TypeError(f"{name}: expected a tensor or a sequence of ints, got {ids!r}") from None
     if any(isinstance(i, bool) or not isinstance(i, int) for i in listed):
         raise TypeError(f"{name}: expected ints, got {ids!r}")
+    if any(not -(2**63) <= i < 2**63 for i in listed):
+        raise ValueError(f"{name}: expected ints of 64 bits, got {ids!r}")
     return listed
 
 
@@ -436,7 +463,8 @@ def _combine(
 ) -> None:
     _check_combine(grads, weights, bounds, out)
     _check_layout(grads, bounds)
-    _check_apart("out", out, grads)
+    _check_apart(out=out, weights=weights)
+    _check_apart(out=out, grads=grads)
     backends.choose(grads.device, backend).combine(grads, weights, bounds, out)
 
 
@@ -494,4 +522,5 @@ for _name, _implementation, _fake in (
     ("task_order", order.task_order, _task_order_fake),
 ):
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # nothing here is differentiated
     torch.library.register_fake(f"gradvac::{_name}", _fake, lib=_library)

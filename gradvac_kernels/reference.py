@@ -47,7 +47,7 @@ def vaccinate(
     similarity = torch.full((len(groups), T, T), torch.nan, dtype=torch.float64)
     corrected = torch.zeros(len(groups), T, T, dtype=torch.bool)
     for k, (begin, end) in enumerate(groups.bounds.tolist()):
-        g = grads[:, begin:end].to("cpu", torch.float64)  # [T, P_k]
+        g = call.grads[:, begin:end].to("cpu", torch.float64)  # [T, P_k]
         square = [float(row @ row) for row in g]
         usable = [limits.smallest <= s <= limits.largest for s in square]  # neither zero nor non-finite
         update = torch.zeros(end - begin, dtype=torch.float64)

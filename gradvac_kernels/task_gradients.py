@@ -3,7 +3,7 @@ optimizer reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -62,7 +62,12 @@ class TaskGradients:
         method: Method | None = None,
         reduction: str = "sum",
     ) -> None:
-        if isinstance(tasks, str) or not tasks or any(not isinstance(name, str) for name in tasks):
+        if (
+            not isinstance(tasks, Collection)
+            or isinstance(tasks, str)
+            or not tasks
+            or any(not isinstance(name, str) for name in tasks)
+        ):
             raise TypeError(f"tasks: expected a sequence of at least one name of type str, got {tasks!r}")
         if len(set(tasks)) != len(tasks):
             raise ValueError(f"tasks: expected different names, got {list(tasks)}")
@@ -77,7 +82,10 @@ class TaskGradients:
             found = ", ".join(f"{name}: {dtype} on {device}" for (dtype, device), name in kinds.items())
             raise ValueError(f"model: expected trainable parameters of one dtype on one device, got {found}")
         ((dtype, device),) = kinds
+        if method is not None and not callable(method):
+            raise TypeError(f"method: expected a callable, such as GradVac(), got {method!r}")
         self.method: Method = GradVac() if method is None else method
+        self._buffer = GradientBuffer(self.groups, len(self.tasks), dtype=dtype, device=device)
         if isinstance(self.method, GradVac):
             if self.method.num_tasks not in (None, len(self.tasks)):
                 raise ValueError(f"method: expected num_tasks {len(self.tasks)}, got {self.method.num_tasks}")
@@ -85,7 +93,6 @@ class TaskGradients:
         self.last: Vaccination | None = None
         self._model = model
         self._parameters = [named[slot.name] for slot in self.groups.parameters]
-        self._buffer = GradientBuffer(self.groups, len(self.tasks), dtype=dtype, device=device)
         self._rows: list[int] = []  # ids of the tasks captured in this step: row r of the buffer is task _rows[r]
         self._used = [False] * len(self._parameters)
         self._capturing = False
@@ -124,9 +131,15 @@ class TaskGradients:
         ]
         self._capturing = True
         try:
-            for parameter, view in zip(self._parameters, self._buffer.parameter_views(self._row(name))):
+            views = self._buffer.parameter_views(self._row(name))
+            for parameter, view in zip(self._parameters, views):
                 parameter.grad = view
             yield
+            for parameter, view in zip(self._parameters, views):
+                if parameter.grad is None:  # zero_grad()
+                    view.zero_()
+                elif parameter.grad is not view:  # zero_grad() and then backward, or create_graph=True
+                    view.copy_(parameter.grad.detach())
         except BaseException:
             self.discard()
             raise
@@ -182,7 +195,11 @@ class TaskGradients:
                 + ("inside a task" if self._capturing else "without any")
             )
         result = self._buffer.result
-        self.last = self.method(self.grads, self.groups, task_ids=self._rows, out=result)
+        try:
+            self.last = self.method(self.grads, self.groups, task_ids=self._rows, out=result)
+        except BaseException:
+            self.discard()
+            raise
         if self.reduction == "mean":
             result /= len(self._rows)
         for parameter, view, used in zip(self._parameters, self._buffer.parameter_views(result), self._used):

@@ -1,6 +1,6 @@
-#include <unistd.h>
-
 #include <algorithm>
+#include <cinttypes>
+#include <cstdio>
 
 #include "phases.h"
 
@@ -31,11 +31,16 @@ int useful_threads(const Buffer& grads, int threads) {
 }
 
 std::int64_t cache_bytes() {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const std::int64_t size = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return kCacheGuess;
+  // Not sysconf(_SC_LEVEL3_CACHE_SIZE): glibc multiplies by cores that a virtual machine may not have.
+  static const std::int64_t size = [] {
+    std::int64_t kib = 0;
+    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+      if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+      std::fclose(file);
+    }
+    return kib > 0 ? kib << 10 : kCacheGuess;
+  }();
+  return size;
 }
 
 }  // namespace gradvac::cpu

@@ -42,8 +42,11 @@ class GradVac:
         ops.check_settings(beta, target, seed)
         if num_tasks is not None:
             ops.check_int("num_tasks", num_tasks, 1)
+        if vaccinated is not None:
+            vaccinated = ops.check_ids("vaccinated", vaccinated)
+            ops.check_range("vaccinated", vaccinated, num_tasks)
         self.beta = beta
-        self.vaccinated = None if vaccinated is None else ops.check_ids("vaccinated", vaccinated)
+        self.vaccinated = vaccinated
         self.target = target
         self.num_tasks = num_tasks
         self.seed = seed
@@ -71,11 +74,17 @@ class GradVac:
         Raises:
             TypeError, ValueError: as :func:`gradvac_kernels.vaccinate`; then the state is as it was.
         """
+        ops.check_face(grads, groups)
         num_tasks, ema = self.num_tasks, self.ema
         if num_tasks is None:
             num_tasks = len(grads)
         if task_ids is None and len(grads) != num_tasks:
             raise ValueError(f"task_ids: expected ids for the {len(grads)} of {num_tasks} tasks in grads, got None")
+        if task_ids is not None and not isinstance(task_ids, torch.Tensor):
+            task_ids = ops.check_ids("task_ids", task_ids)
+            ops.check_range("task_ids", task_ids, num_tasks)
+        elif task_ids is not None and task_ids.device.type == "cpu" and self.target is not None:
+            ops.check_range("task_ids", task_ids.tolist(), num_tasks)  # with targets, their shape says N
         if self.target is None:
             if ema is None:
                 ema = torch.zeros(len(groups), num_tasks, num_tasks, dtype=torch.float64, device=grads.device)
@@ -126,6 +135,8 @@ class GradVac:
         if None not in (self.num_tasks, num_tasks) and num_tasks != self.num_tasks:
             raise ValueError(f"state['num_tasks']: expected {self.num_tasks}, got {num_tasks}")
         if ema is not None:
+            if num_tasks is None:
+                raise ValueError("state['num_tasks']: expected an int, the number of tasks of state['ema'], got None")
             if self.target is not None:
                 raise ValueError("state['ema']: expected None for a method with a constant target")
             ops.check_tensor("state['ema']", ema, (torch.float64,), (None, num_tasks, num_tasks))
