@@ -1,0 +1,117 @@
+"""The grid of cases, and the least that each operator has to read, write and multiply on one of them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+import gradvac_kernels as gvk
+
+
+@dataclass(frozen=True)
+class Case:
+    """T task gradients of P columns, in K groups of equal size (as equal as P allows)."""
+
+    T: int
+    P: int
+    K: int
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"T{self.T}-P{short(self.P)}-K{self.K}-{self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one buffer [T, P]."""
+        return self.T * self.P * self.dtype.itemsize
+
+    @cached_property
+    def groups(self) -> gvk.ParameterGroups:
+        edges = [k * self.P // self.K for k in range(self.K + 1)]
+        return gvk.ParameterGroups.from_sizes(
+            {f"group.{k}": b - a for k, (a, b) in enumerate(itertools.pairwise(edges))}
+        )
+
+    @cached_property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First column and the one past the last, by group."""
+        return list(itertools.pairwise(self.groups.offsets))
+
+    def buffer(self, seed: int) -> torch.Tensor:
+        """Gradients [T, P] of noise and a direction that half of the tasks follow and half oppose: cosines +-1/2.
+
+        Targets start at zero and then follow the cosines, so at every step about half of the pairs get turned.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        grads = torch.empty(self.T, self.P, dtype=self.dtype).normal_(generator=generator)
+        direction = torch.empty(self.P, dtype=self.dtype).normal_(generator=generator)
+        for i, row in enumerate(grads):
+            row.add_(direction, alpha=(-1) ** i)
+        return grads
+
+    def weights(self) -> torch.Tensor:
+        """Some weights [K, T] to combine with."""
+        return torch.rand(self.K, self.T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+GRID = (
+    Case(8, 10_000_000, 12),
+    Case(8, 10_000_000, 12, torch.bfloat16),
+    Case(8, 1_000_000, 100),
+    Case(8, 1_000_000, 100, torch.float16),
+    Case(8, 1_000_000, 100, torch.float64),
+    Case(8, 120_000, 12),
+    Case(16, 1_000_000, 100),
+    Case(100, 1_000_000, 20),
+)
+"""What every operator is measured on by default."""
+
+FULL_GRID = tuple(
+    dict.fromkeys(
+        GRID
+        + tuple(
+            Case(*sizes)
+            for sizes in itertools.product((2, 4, 8, 16, 32, 100), (120_000, 1_000_000), (12, 100), gvk.ops.DTYPES)
+        )
+        + tuple(Case(T, 10_000_000, 12, dtype) for T in (2, 4, 8, 16, 32) for dtype in (torch.float32, torch.bfloat16))
+    )
+)
+"""With ``--full``."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an operator cannot do without: bytes to and from memory, and multiply-adds."""
+
+    bytes: int
+    multiply_adds: int
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.multiply_adds + other.multiply_adds)
+
+
+def work(op: str, case: Case) -> Work:
+    """The work of one call.
+
+    ``vaccinate`` counts both passes over the buffer in full. Where a group stays in the cache between its two passes
+    the second read is free, so there a fraction of the floor above 1 is possible.
+    """
+    T, P = case.T, case.P
+    gram = Work(case.nbytes, P * T * (T + 1) // 2)  # G is symmetric
+    combine = Work(case.nbytes + P * case.dtype.itemsize, P * T)
+    return {"gram": gram, "combine": combine, "vaccinate": gram + combine}[op]
+
+
+def short(columns: int) -> str:
+    """10_000_000 as 10M, 120_000 as 120k."""
+    for unit, suffix in ((10**6, "M"), (10**3, "k")):
+        if columns >= unit and columns % unit == 0:
+            return f"{columns // unit}{suffix}"
+    return str(columns)

@@ -1,0 +1,60 @@
+"""The two ceilings of the machine, as fast as they can be reached here: streaming reads and float32 multiply-adds."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+try:
+    from gradvac_kernels import _cpu
+except ImportError:  # then torch alone has to find the ceilings
+    _cpu = None
+
+STREAMING_READ = "streaming read"  # in bytes a second
+MULTIPLY_ADDS = "multiply-adds"  # a second
+_SIDE = 2048  # of the square matrices multiplied
+_MULTIPLY_ADDS = 1 << 31  # in registers: some milliseconds, in which starting the threads is lost
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One way to come near a ceiling; the ceiling is what the best of its probes reaches."""
+
+    ceiling: str
+    name: str
+    run: Callable[[], object]
+    amount: float
+    """Bytes or multiply-adds of one run."""
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first core."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size.removesuffix("K")) << 10 for size in sizes), default=64 << 20)
+
+
+def probes() -> list[Probe]:
+    """Every probe of both ceilings that can be run here, on memory several times the size of the caches."""
+    threads = torch.get_num_threads()
+    rows = 256
+    x = torch.ones(rows, max(256 << 20, 4 * last_level_cache()) // (4 * rows))
+    flat, line = x.view(-1), torch.ones(x.shape[1])
+    a, b = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
+    reads: dict[str, Callable[[], object]] = {
+        "torch sum": flat.sum,
+        "torch max": flat.max,
+        "torch dot": lambda: torch.dot(flat, flat),
+        "torch mv": lambda: torch.mv(x, line),
+    }
+    found = [Probe(MULTIPLY_ADDS, "torch matmul", lambda: a @ b, float(_SIDE**3))]
+    if _cpu is not None:
+        reads["native"] = lambda: _cpu.streaming_read(x.data_ptr(), x.nbytes, threads)
+        iterations = int(_MULTIPLY_ADDS / _cpu.multiply_add_peak(1, threads))
+        amount = _cpu.multiply_add_peak(iterations, threads)
+        run = functools.partial(_cpu.multiply_add_peak, iterations, threads)
+        found.append(Probe(MULTIPLY_ADDS, "native", run, amount))
+    return found + [Probe(STREAMING_READ, name, run, float(x.nbytes)) for name, run in reads.items()]

@@ -1,0 +1,90 @@
+"""Options, the contests that the tests share, and the table and the file of results at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from . import report
+from .ceilings import Probe, probes
+from .contest import Contest, Record, backends
+from .replay import replay
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    options = parser.getgroup("gradvac_kernels")
+    options.addoption("--full", action="store_true", help="the large grid of cases (takes hours)")
+    options.addoption("--results", type=Path, metavar="JSON", help="write the results, for python -m benchmarks.report")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks/ needs pytest-benchmark: pip install 'gradvac_kernels[bench]'")
+    config.stash[_ROWS] = []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op = metafunc.module.OPERATOR
+    cases = op.full_grid if metafunc.config.getoption("full") else op.grid
+    metafunc.parametrize("implementation", list(op.implementations))
+    # Of the scope of the fixture: pytest then runs the tests of a case one after another, on one contest.
+    metafunc.parametrize("contest", cases, ids=str, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def ceiling_probes() -> list[Probe]:
+    return probes()
+
+
+@pytest.fixture(scope="module")
+def contest(request: pytest.FixtureRequest) -> Contest:
+    """The contest of one case, shared by the tests of its implementations as far as they are selected."""
+    selected = [item.callspec.params for item in request.session.items if item.module is request.module]
+    names = [params["implementation"] for params in selected if params["contest"] is request.param]
+    return Contest(request.module.OPERATOR, request.param, names)
+
+
+@pytest.fixture
+def record(benchmark: BenchmarkFixture, ceiling_probes: list[Probe], request: pytest.FixtureRequest) -> Record:
+    """Hands one implementation's times to pytest-benchmark, and returns them as a row of the results."""
+
+    def hand_over(contest: Contest, name: str) -> dict[str, Any]:
+        if name in contest.wrong:  # no time for a wrong result; ours has to be right, a peer may drop out
+            (pytest.fail if name in backends() else pytest.skip)(contest.wrong[name])
+        benchmark.name = f"{contest.op.name}[{name}-{contest.case}]"
+        benchmark.group = f"{contest.op.name} {contest.case}"
+        if benchmark.disabled:  # --benchmark-disable: the results were checked, and that was all
+            replay(benchmark, [0.0])
+            return {}
+        if not contest.seconds:
+            contest.measure(ceiling_probes)
+        replay(benchmark, contest.seconds[name])
+        row = contest.row(name)
+        benchmark.extra_info = row
+        request.config.stash[_ROWS].append(row)
+        return row
+
+    return hand_over
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
+    rows = config.stash[_ROWS]
+    if not rows:
+        return
+    results = report.collect(rows)
+    terminalreporter.section("gradvac_kernels: time of each implementation / ours")
+    terminalreporter.write_line(report.markdown(results))
+    path = config.getoption("results")
+    if path is not None and exitstatus == pytest.ExitCode.OK:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(report.dump(results))
+        terminalreporter.write_line(f"written: {path}")
+    elif path is not None:
+        terminalreporter.write_line(f"not written, because tests failed: {path}", red=True)

@@ -1,0 +1,182 @@
+"""Implementations of one operator on one case: first held against the truth, then timed in turns."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+
+import gradvac_kernels as gvk
+
+from .cases import Case, work
+from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
+
+SECONDS = 1.0  # timed for each implementation of a case
+PROBE_SECONDS = 0.2  # and for each probe of a ceiling
+MAX_ROUNDS = 200
+MAX_BYTES = 3 << 30  # of all input buffers of a case
+
+
+class NotRun(Exception):
+    """Why an implementation is left out of a case."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation, prepared for a case, with whatever state it keeps between steps."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    """What is timed: grads [T, P] -> result."""
+    tolerance: float
+    """Largest accepted |result - truth| / |truth|."""
+    truth: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """Where it computes something else than the operator."""
+    check: Callable[[torch.Tensor], torch.Tensor] | None = None
+    """``run`` in the truth's order of the inner loop, where it draws one of its own."""
+
+
+Builder = Callable[[Case], Contestant]
+Record = Callable[["Contest", str], dict[str, Any]]
+"""What the fixture ``record`` gives to a test: it takes a contest and the name of an implementation."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a test module measures."""
+
+    name: str
+    truth: Callable[[Case, torch.Tensor], torch.Tensor]
+    implementations: Mapping[str, Builder]
+    grid: tuple[Case, ...]
+    full_grid: tuple[Case, ...]
+
+
+@dataclass
+class _Turns:
+    run: Callable[[torch.Tensor], object]
+    budget: float
+    seconds: list[float] = field(default_factory=list)
+    spent: float = 0.0
+
+    @property
+    def due(self) -> bool:
+        rounds = len(self.seconds)
+        if rounds < 5:  # 3 have to do where they are slow
+            return rounds < 3 or self.spent < 1.5 * self.budget
+        return rounds < MAX_ROUNDS and self.spent < self.budget
+
+
+class Contest:
+    """The implementations called ``names`` on one case.
+
+    Attributes:
+        wrong: why an implementation takes no part, by name.
+        seconds: all times of an implementation, by name.
+        ceilings: the ceilings while this case ran: what was reached, and by which probe.
+    """
+
+    def __init__(self, op: Operator, case: Case, names: Iterable[str]) -> None:
+        self.op, self.case = op, case
+        self.wrong: dict[str, str] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.ceilings: dict[str, tuple[float, str]] = {}
+        # Together more than three times the last-level cache: what is read has left the cache since it was read last.
+        count = max(2, math.ceil(3 * last_level_cache() / case.nbytes))
+        self._buffers = [case.buffer(seed) for seed in range(max(1, min(count, MAX_BYTES // case.nbytes)))]
+        self._contestants: dict[str, Contestant] = {}
+        truth = op.truth(case, self._buffers[0])
+        for name in names:
+            try:
+                self._contestants[name] = self._checked(op.implementations[name](case), truth)
+            except Exception as error:
+                self.wrong[name] = str(error) if isinstance(error, NotRun) else f"{type(error).__name__}: {error}"
+
+    def _checked(self, contestant: Contestant, truth: torch.Tensor) -> Contestant:
+        grads = self._buffers[0]
+        found = (contestant.check or contestant.run)(grads).double()
+        truth = truth if contestant.truth is None else contestant.truth(grads)
+        error = float((found - truth).norm() / truth.norm())
+        if not error <= contestant.tolerance:
+            raise NotRun(f"wrong result: relative error {error:.1e}, expected at most {contestant.tolerance:.1e}")
+        return contestant
+
+    def measure(self, probes: list[Probe]) -> None:
+        """Time the implementations and both ceilings in turns: all of them see the machine in the same state."""
+        turns = {name: _Turns(contestant.run, SECONDS) for name, contestant in self._contestants.items()}
+        bounds = [_Turns(lambda _, probe=probe: probe.run(), PROBE_SECONDS) for probe in probes]  # type: ignore[misc]
+        _take_turns([*turns.values(), *bounds], itertools.cycle(self._buffers))
+        self.seconds = {name: entry.seconds for name, entry in turns.items()}
+        for ceiling in (STREAMING_READ, MULTIPLY_ADDS):
+            self.ceilings[ceiling] = max(
+                (probe.amount / statistics.median(entry.seconds), probe.name)
+                for probe, entry in zip(probes, bounds)
+                if probe.ceiling == ceiling
+            )
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The result of one implementation, as it goes into the file of results."""
+        case, seconds = self.case, self.seconds[name]
+        needed = work(self.op.name, case)
+        (read, read_by), (multiply_adds, multiply_adds_by) = self.ceilings[STREAMING_READ], self.ceilings[MULTIPLY_ADDS]
+        floor = max(needed.bytes / read, needed.multiply_adds / multiply_adds)
+        p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
+        median = statistics.median(seconds)
+        return {
+            "op": self.op.name,
+            "implementation": name,
+            "T": case.T,
+            "P": case.P,
+            "K": case.K,
+            "dtype": case.dtype_name,
+            "median_s": median,
+            "p20_s": p20,
+            "p80_s": p80,
+            "rounds": len(seconds),
+            "bytes": needed.bytes,
+            "operations": needed.multiply_adds,
+            "floor_s": floor,
+            "fraction_of_floor": floor / median,
+            "streaming_read_bytes_per_s": read,
+            "streaming_read_by": read_by,
+            "multiply_adds_per_s": multiply_adds,
+            "multiply_adds_by": multiply_adds_by,
+        }
+
+
+def _take_turns(entries: list[_Turns], buffers: Iterator[torch.Tensor]) -> None:
+    for entry in entries:
+        entry.run(next(buffers))
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        while due := [entry for entry in entries if entry.due]:
+            entry = min(due, key=lambda entry: entry.spent / entry.budget)
+            grads = next(buffers)
+            start = perf_counter()
+            result = entry.run(grads)
+            entry.seconds.append(perf_counter() - start)
+            entry.spent += entry.seconds[-1]
+            del result  # giving memory back is not timed
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def backends() -> tuple[str, ...]:
+    """Our backends that serve tensors on the CPU, the fastest one first."""
+
+    def serves(name: str) -> bool:
+        try:
+            gvk.gram(torch.ones(1, 1), gvk.ParameterGroups.from_sizes({"one": 1}), backend=name)
+        except ValueError:
+            return False
+        return True
+
+    return tuple(name for name in reversed(gvk.available_backends()) if serves(name))

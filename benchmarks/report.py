@@ -1,0 +1,143 @@
+"""Results as a file and as tables: ``python -m benchmarks.report`` puts those of ``results/*.json`` into the README.
+
+``--check`` writes nothing, and exits with 1 where the README shows something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradvac_kernels import env
+
+from .cases import short
+from .contest import backends
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+_ROOT = Path(__file__).parent.parent
+_CEILINGS = ("streaming_read_bytes_per_s", "multiply_adds_per_s")
+
+
+def collect(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of a run with all that is needed to read them: machine, versions, commit and ceilings."""
+    facts = env.report()
+    return {
+        "machine": {name: facts[name] for name in ("cpu", "instruction set") if name in facts},
+        "threads": torch.get_num_threads(),
+        "versions": {
+            **{name: facts[name] for name in ("gradvac_kernels", "python", "torch")},
+            "torchjd": _version("torchjd"),
+        },
+        "commit": _commit(),
+        "ours": backends(),
+        "ceilings": {name: statistics.median(row[name] for row in rows) for name in _CEILINGS},
+        "rows": rows,
+    }
+
+
+def dump(results: dict[str, Any]) -> str:
+    """JSON with one row a line."""
+    head = json.dumps({**results, "rows": []}, indent=2)
+    rows = ",\n".join(f"    {json.dumps(row)}" for row in results["rows"])
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n  ]') + "\n"
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """Machine and ceilings in a paragraph, then one table an operator."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    read, multiply_adds = (results["ceilings"][name] / 1e9 for name in _CEILINGS)
+    machine = ", ".join(value.split(" (")[0] for value in results["machine"].values())
+    head = (
+        f"{machine}; {results['threads']} threads; {versions}; commit {results['commit']}. Ceilings, measured in the "
+        f"same run: streaming read {read:.3g} GB/s, {multiply_adds:.3g} G float32 multiply-adds/s. Medians; `x` is the "
+        "time of an implementation divided by ours; the floor is the least time that these ceilings allow (above "
+        "100 % where a group is still in the cache when it is combined)."
+    )
+    measured = {row["op"] for row in results["rows"]}
+    ops = [op for op in ("gram", "combine", "vaccinate") if op in measured]
+    return "\n\n".join([head, *(f"**{op}**\n\n{_table(results, op)}" for op in ops)])
+
+
+def _table(results: dict[str, Any], op: str) -> str:
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["op"] == op:
+            cases.setdefault((row["T"], row["P"], row["K"], row["dtype"]), {})[row["implementation"]] = row
+    names = list(dict.fromkeys(name for found in cases.values() for name in found))
+    ours = next((name for name in results["ours"] if name in names), names[0])
+    others = [name for name in names if name != ours]
+    has_memory = any("peak_memory_bytes" in row for found in cases.values() for row in found.values())
+    lines = [["T", "P", "K", "dtype", f"`{ours}`", "of floor", *["memory"] * has_memory, *others]]
+    lines.append(["---:", "---:", "---:", ":---", *["---:"] * (len(lines[0]) - 4)])
+    for (T, P, K, dtype), found in cases.items():
+        mine = found.get(ours, {})
+        memory = mine.get("peak_memory_bytes")
+        lines.append(
+            [str(T), short(P), str(K), dtype]
+            + ([f"{_digits(mine['median_s'] * 1e3)} ms", f"{mine['fraction_of_floor']:.0%}"] if mine else ["-", "-"])
+            + ["-" if memory is None else f"{memory / 2**20:.1f} MiB"] * has_memory
+            + [
+                f"{_digits(found[name]['median_s'] / mine['median_s'])}x" if mine and name in found else "-"
+                for name in others
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    """The commit that was measured, and whether its sources were changed."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=_ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "gradvac_kernels", "csrc", "benchmarks/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
+    check = parser.parse_args().check
+    readme = _ROOT / "README.md"
+    before = readme.read_text()
+    if BEGIN not in before or END not in before:
+        print(f"{readme.name}: expected the markers {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    start, stop = before.index(BEGIN) + len(BEGIN), before.index(END)
+    files = sorted((_ROOT / "benchmarks" / "results").glob("*.json"))
+    tables = "\n\n".join(markdown(json.loads(path.read_text())) for path in files)
+    after = f"{before[:start]}\n{tables}\n{before[stop:]}"
+    if after == before:
+        return 0
+    if check:
+        print(f"{readme.name}: not up to date, run python -m benchmarks.report", file=sys.stderr)
+        return 1
+    readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

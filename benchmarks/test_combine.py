@@ -1,0 +1,49 @@
+"""``combine`` against torch's matmul a group; the plain sum is the same with all weights 1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gradvac_kernels as gvk
+
+from . import baselines
+from .cases import FULL_GRID, GRID, Case
+from .contest import Builder, Contest, Contestant, Operator, Record, backends
+from .replay import clock
+
+
+def _ours(backend: str) -> Builder:
+    def build(case: Case) -> Contestant:
+        weights, out = case.weights(), torch.empty(case.P, dtype=case.dtype)
+        return Contestant(
+            lambda grads: gvk.combine(grads, weights, case.groups, out=out, backend=backend),
+            baselines.tolerance(case.dtype, least=1e-6),
+        )
+
+    return build
+
+
+def _truth(case: Case, grads: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(case.P, dtype=torch.float64)
+    return gvk.combine(grads, case.weights(), case.groups, out=out, backend="reference")
+
+
+OPERATOR = Operator(
+    "combine",
+    _truth,
+    {
+        **{backend: _ours(backend) for backend in backends()},
+        "torch-sum": baselines.plain_sum,
+        "torch-sum-out": baselines.plain_sum_out,
+        "torch-matmul": baselines.combine_matmul,
+        "torch-matmul-out": baselines.combine_matmul_out,
+    },
+    grid=GRID,
+    full_grid=FULL_GRID,
+)
+
+
+@pytest.mark.benchmark(timer=clock)
+def test_combine(record: Record, contest: Contest, implementation: str) -> None:
+    record(contest, implementation)
