@@ -17,16 +17,16 @@ inline double read_all(const void* data, int64_t bytes) {
 }
 
 inline double multiply_add(int64_t rounds) {
-  constexpr int kChains = 12;  // independent, to cover the latency
+  constexpr int kChains = 12;   // independent, to cover the latency
+  volatile float given = 0.5f;  // the compiler may not know the numbers, or it would fold the rounds
   VecF acc[kChains];
-  for (int c = 0; c < kChains; ++c) acc[c] = VecF{} + static_cast<float>(c);
-  const VecF a = VecF{} + 0.999f, b = VecF{} + 0.001f;
+  for (int c = 0; c < kChains; ++c) acc[c] = VecF{} + given * c;
+  const VecF a = VecF{} + given, b = VecF{} + given;
   for (int64_t r = 0; r < rounds; ++r) {
     for (int c = 0; c < kChains; ++c) acc[c] = acc[c] * a + b;
   }
-  for (int c = 1; c < kChains; ++c) acc[0] += acc[c];
-  const double done = static_cast<double>(rounds) * kChains * kFloats;
-  return acc[0][0] == -1.0f ? 0 : done;  // the sums are needed: they are never negative
+  for (int c = 0; c < kChains; ++c) given = acc[c][c % kFloats];
+  return static_cast<double>(rounds) * kChains * kFloats;
 }
 
 }  // namespace gradvac::cpu::GRADVAC_VARIANT

@@ -1,4 +1,4 @@
-"""The languages that the demo can translate into, by family: those that CLDR names enough things in, in Latin script."""
+"""The languages that the demo can translate into, by family: CLDR names enough things in them, in Latin script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 
 FAMILY_OF: dict[str, str] = {code: family for family, codes in FAMILIES.items() for code in codes}
 
-DEFAULT: tuple[str, ...] = ("da", "sv", "af", "es", "it", "oc", "cs", "sk", "szl", "sw", "zu", "xh")
+DEFAULT: tuple[str, ...] = ("da", "sv", "af", "es", "it", "oc", "cs", "pl", "szl", "et", "fi", "smn")
 
 
 def choices() -> str:

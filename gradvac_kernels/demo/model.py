@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -17,18 +19,22 @@ class Translator(nn.Module):
     There is no dropout: it would be the one thing that two arms of an experiment do not share.
     """
 
-    def __init__(self, vocabulary_size: int, width: int = 128, heads: int = 4, hidden: int = 384, layers: int = 2) -> None:
+    def __init__(
+        self, vocabulary_size: int, width: int = 128, heads: int = 4, hidden: int = 384, layers: int = 2
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, width, padding_idx=PAD)
+        self.embedding = nn.Embedding(vocabulary_size, width)
         self.positions = nn.Embedding(MAX_LENGTH, width)
-        shape = {"d_model": width, "nhead": heads, "dim_feedforward": hidden, "dropout": 0.0, "batch_first": True}
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**shape), layers, enable_nested_tensor=False)
-        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1 and name not in ("embedding.weight", "positions.weight"):
+        shape: dict[str, Any] = {"d_model": width, "nhead": heads, "dim_feedforward": hidden, "dropout": 0.0}
+        shape |= {"batch_first": True, "norm_first": True}
+        norm = nn.LayerNorm(width, elementwise_affine=False)  # no parameters: every parameter lies in a layer
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**shape), layers, norm, False)
+        self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), layers, norm)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
         for embedding in (self.embedding, self.positions):
-            nn.init.normal_(embedding.weight, std=width**-0.5)
+            nn.init.normal_(embedding.weight, std=0.3 * width**-0.5)
 
     def forward(self, source: torch.Tensor, prefix: torch.Tensor) -> torch.Tensor:
         """Logits of the next character ``[B, L, V]``, from the source ``[B, S]`` and the name so far ``[B, L]``."""
@@ -49,7 +55,9 @@ class Translator(nn.Module):
     def losses(self, batch: Batch) -> torch.Tensor:
         """The negative log-likelihood of each character ``[B, L]`` in nats, zero at the padding."""
         logits = self(batch.source, batch.prefix)
-        flat = nn.functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), ignore_index=PAD, reduction="none")
+        flat = nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.target.flatten(), ignore_index=PAD, reduction="none"
+        )
         return flat.view_as(batch.target)
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 
@@ -62,12 +61,6 @@ def clusters(cosine: torch.Tensor) -> np.ndarray:
     distance = (distance + distance.T) / 2
     np.fill_diagonal(distance, 0)
     return hierarchy.linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
-
-
-def share(part: Sequence[Sequence[int]], whole: Sequence[Sequence[int]]) -> float:
-    """A count over another, both summed over steps and languages; NaN of nothing."""
-    total = int(np.sum(whole))
-    return float(np.sum(part)) / total if total else math.nan
 
 
 def _layer(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,10 +15,10 @@ import gradvac_kernels as gvk
 from . import data, similarity
 from .evaluate import held_out_losses
 from .model import Translator
-from .vocabulary import Batch, Vocabulary
+from .vocabulary import PAD, Batch, Vocabulary
 
-WARM_UP = 40
-LEARNING_RATE = 2e-3
+PROBE = 32  # held-out names of each language, to measure similarity on the same things in all of them
+LEARNING_RATE = 3e-3  # chosen for the plain sum
 
 
 @dataclass
@@ -38,15 +38,17 @@ class Setting:
 
 @dataclass
 class Record:
-    """What one arm saw, step by step; T languages in the setting's order, K parameter groups."""
+    """What one arm saw, step by step; T languages in the setting's order."""
 
     model: Translator
     losses: list[list[float]] = field(default_factory=list)  # [steps, T], of the training batch, in nats a character
     held_out: dict[int, list[float]] = field(default_factory=dict)  # steps done -> [T]
     step_seconds: list[float] = field(default_factory=list)
     apply_seconds: list[float] = field(default_factory=list)
-    groups: tuple[str, ...] = ()
-    cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # steps done -> [K + 1, T, T], the whole model last
+    names: dict[str, list[str]] = field(default_factory=dict)  # by language, what the trained model wrote
+    layers: tuple[str, ...] = ()
+    batch_cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # steps done -> [L, T, T] of the layers
+    parallel_cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # the same, on the same held-out things
     measured: list[list[int]] = field(default_factory=list)  # [steps, T], the pairs that a language was measured in
     turned: list[list[int]] = field(default_factory=list)  # [steps, T], of these, similarity below the target
     conflicting: list[list[int]] = field(default_factory=list)  # [steps, T], of these, similarity below zero
@@ -59,6 +61,9 @@ class Arm(Protocol):
         """Set ``.grad``; return each language's loss ``[T]`` and the seconds that were spent on measuring only."""
 
 
+MakeArm = Callable[[Translator], Arm]
+
+
 class PlainSum:
     """What one would write without this package: one mixed batch, one backward of the sum."""
 
@@ -69,7 +74,7 @@ class PlainSum:
         languages = self._setting.languages
         samples = [(language, pair) for language, pairs in zip(languages, batches) for pair in pairs]
         batch = self._setting.vocabulary.batch(samples)
-        characters = (batch.target != 0).view(len(languages), -1).sum(1)  # [T]
+        characters = (batch.target != PAD).view(len(languages), -1).sum(1)  # [T]
         losses = self._model.losses(batch).view(len(languages), -1).sum(1) / characters  # [T]
         losses.sum().backward()
         return losses.detach(), 0.0
@@ -81,19 +86,24 @@ class Vaccinated:
     def __init__(self, model: Translator, setting: Setting, granularity: str, method: gvk.GradVac) -> None:
         self._model, self._setting = model, setting
         self._tasks = gvk.TaskGradients(model, setting.languages, granularity=granularity, method=method)
+        self._probe = [pairs[:PROBE] for pairs in setting.split.held_out.values()]
 
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
-        losses = []
-        for language, pairs in zip(self._setting.languages, batches):
-            batch = self._setting.vocabulary.batch([(language, pair) for pair in pairs])
-            with self._tasks.task(language):
-                loss = mean_loss(self._model, batch)
-                loss.backward()
-            losses.append(loss.detach())
-        before = time.perf_counter()
+        step = len(record.losses)
+        measuring = 0.0
+        if (
+            measure
+        ):  # what a language does to the model, with little of the noise of which names a batch happens to hold
+            begin = time.perf_counter()
+            self._backward(self._probe)
+            record.parallel_cosines[step] = self._cosines(record)
+            self._tasks.discard()
+            measuring += time.perf_counter() - begin
+        losses = self._backward(batches)
         if measure:
-            gram = gvk.gram(self._tasks.grads, self._tasks.groups)  # [K, T, T], of the gradients before they are turned
-            record.groups, record.cosines[len(record.losses)] = similarity.by_layer(gram, self._tasks.groups.names)
+            begin = time.perf_counter()
+            record.batch_cosines[step] = self._cosines(record)
+            measuring += time.perf_counter() - begin
         begin = time.perf_counter()
         found = self._tasks.apply()
         record.apply_seconds.append(time.perf_counter() - begin)
@@ -101,40 +111,78 @@ class Vaccinated:
         record.measured.append((~found.similarity.isnan()).sum((0, 2)).tolist())
         record.turned.append(found.corrected.sum((0, 2)).tolist())
         record.conflicting.append((found.similarity < 0).sum((0, 2)).tolist())
-        return torch.stack(losses), begin - before
+        return losses, measuring
+
+    def _backward(self, batches: list[list[data.Pair]]) -> torch.Tensor:
+        losses = []
+        for language, pairs in zip(self._setting.languages, batches):
+            batch = self._setting.vocabulary.batch([(language, pair) for pair in pairs])
+            with self._tasks.task(language):
+                loss = mean_loss(self._model, batch)
+                loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    def _cosines(self, record: Record) -> torch.Tensor:
+        gram = gvk.gram(self._tasks.grads, self._tasks.groups)  # [K, T, T], of the gradients before they are turned
+        record.layers, cosines = similarity.by_layer(gram, self._tasks.groups.names)
+        return cosines
 
 
 def mean_loss(model: Translator, batch: Batch) -> torch.Tensor:
     """The mean negative log-likelihood of a character, in nats."""
-    return model.losses(batch).sum() / (batch.target != 0).sum()
+    return model.losses(batch).sum() / (batch.target != PAD).sum()
 
 
-def train(make_arm: Callable[[Translator], Arm], setting: Setting, seed: int, title: str) -> Record:
-    """Train a model from its seed on: the same seed gives every arm the same weights and the same batches."""
-    torch.manual_seed(seed)
-    model = Translator(len(setting.vocabulary))
-    arm, record = make_arm(model), Record(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, setting.steps))
+class Trainee:
+    """A model in training: its arm, its optimizer, its record. The same seed gives the same model."""
+
+    def __init__(self, make_arm: MakeArm, setting: Setting, seed: int) -> None:
+        torch.manual_seed(seed)
+        model = Translator(len(setting.vocabulary))
+        self.record = Record(model)
+        self._setting, self._arm = setting, make_arm(model)
+        self._optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _rate(step, setting.steps))
+
+    def step(self, batches: list[list[data.Pair]]) -> float:
+        """Train on a batch of each language; their mean loss."""
+        record, begin = self.record, time.perf_counter()
+        self._optimizer.zero_grad()
+        losses, measuring = self._arm(batches, record, measure=len(record.losses) % self._setting.measure_every == 0)
+        self._optimizer.step()
+        self._schedule.step()
+        record.step_seconds.append(time.perf_counter() - begin - measuring)
+        record.losses.append(losses.tolist())
+        return float(losses.mean())
+
+    def evaluate(self) -> None:
+        """Note the held-out losses of now."""
+        vocabulary, pairs = self._setting.vocabulary, self._setting.split.held_out
+        self.record.held_out[len(self.record.losses)] = held_out_losses(self.record.model, vocabulary, pairs)
+
+
+def train(arms: Mapping[str, MakeArm], setting: Setting, seed: int) -> dict[str, Record]:
+    """Train all arms from the same weights on the same batches, in turns: a busy machine slows none more than others."""
+    trainees = {name: Trainee(make_arm, setting, seed) for name, make_arm in arms.items()}
     evaluated = {round(setting.steps * part / 6) for part in range(1, 7)}
-    source = data.batches(setting.split.train, setting.batch_size, seed)
-    with tqdm(total=setting.steps, desc=title, unit="step") as progress:
-        for step in range(setting.steps):
-            begin = time.perf_counter()
-            optimizer.zero_grad()
-            losses, measuring = arm(next(source), record, measure=step % setting.measure_every == 0)
-            optimizer.step()
-            schedule.step()
-            record.step_seconds.append(time.perf_counter() - begin - measuring)
-            record.losses.append(losses.tolist())
-            progress.set_postfix(loss=f"{losses.mean():.3f}", refresh=False)
-            progress.update()
-            if step + 1 in evaluated:
-                record.held_out[step + 1] = held_out_losses(model, setting.vocabulary, setting.split.held_out)
-    return record
+    batches = data.batches(setting.split.train, setting.batch_size, seed)
+    progress = tqdm(range(1, setting.steps + 1), desc=f"seed {seed}", unit="step")
+    for step, batch in zip(progress, batches):
+        losses = {name: trainee.step(batch) for name, trainee in trainees.items()}
+        progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
+        if step in evaluated:
+            for trainee in trainees.values():
+                trainee.evaluate()
+    return {name: trainee.record for name, trainee in trainees.items()}
+
+
+def warm_up_steps(steps: int) -> int:
+    """How long the learning rate rises."""
+    return min(40, max(1, steps // 4))
 
 
 def _rate(step: int, steps: int) -> float:
     """Factor on the learning rate: up in a straight line, then down in one."""
-    warm_up = min(WARM_UP, max(1, steps // 4))
+    warm_up = warm_up_steps(steps)
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
