@@ -163,7 +163,7 @@ class Trainee:
 
 
 def train(arms: Mapping[str, MakeArm], setting: Setting, seed: int) -> dict[str, Record]:
-    """Train all arms from the same weights on the same batches, in turns: a busy machine slows none more than others."""
+    """Train all arms from the same weights on the same batches, in turns: a busy machine slows all of them alike."""
     trainees = {name: Trainee(make_arm, setting, seed) for name, make_arm in arms.items()}
     evaluated = {round(setting.steps * part / 6) for part in range(1, 7)}
     batches = data.batches(setting.split.train, setting.batch_size, seed)
