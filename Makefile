@@ -43,6 +43,7 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m benchmarks.report --check
 	$(BIN)clang-format --dry-run --Werror $(CXX_FILES)
 
 format: $(READY)
@@ -52,6 +53,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(PY) -m pytest benchmarks/ --benchmark-only --results benchmarks/results/cpu.json $(ARGS)
+	$(PY) -m benchmarks.report
 
 # A build of its own under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run native code in it.
 sanitize: $(READY)

@@ -1,4 +1,4 @@
-"""Results as a file and as tables: ``python -m benchmarks.report`` puts those of ``results/*.json`` into the README.
+"""Results as a file and as tables: ``python -m benchmarks.report`` puts those under ``results/`` into the README.
 
 ``--check`` writes nothing, and exits with 1 where the README shows something else.
 """
@@ -21,7 +21,6 @@ from gradvac_kernels import env
 from .cases import short
 from .contest import backends
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 _ROOT = Path(__file__).parent.parent
 _CEILINGS = ("streaming_read_bytes_per_s", "multiply_adds_per_s")
 
@@ -117,19 +116,39 @@ def _commit() -> str:
         return "unknown"
 
 
+def benchmarks() -> str:
+    """The tables of every committed run."""
+    files = sorted((_ROOT / "benchmarks" / "results").glob("*.json"))
+    return "\n\n".join(markdown(json.loads(path.read_text())) for path in files)
+
+
+def demo() -> str:
+    """The committed run of the demo: its picture and its report."""
+    folder = Path("benchmarks") / "results" / "demo"
+    if not (_ROOT / folder / "report.txt").exists():
+        return ""
+    report = (_ROOT / folder / "report.txt").read_text().rstrip()
+    table, *notes = report.split("\n\n")
+    picture = f"![Languages clustered by the similarity of their gradients]({folder / 'similarity.png'})"
+    return "\n\n".join([picture, f"```text\n{table}\n```", *notes])
+
+
+_SECTIONS = {"benchmarks": benchmarks, "demo": demo}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
     check = parser.parse_args().check
     readme = _ROOT / "README.md"
-    before = readme.read_text()
-    if BEGIN not in before or END not in before:
-        print(f"{readme.name}: expected the markers {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    start, stop = before.index(BEGIN) + len(BEGIN), before.index(END)
-    files = sorted((_ROOT / "benchmarks" / "results").glob("*.json"))
-    tables = "\n\n".join(markdown(json.loads(path.read_text())) for path in files)
-    after = f"{before[:start]}\n{tables}\n{before[stop:]}"
+    before = after = readme.read_text()
+    for name, text in _SECTIONS.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in after or end not in after:
+            print(f"{readme.name}: expected the markers {begin} and {end}", file=sys.stderr)
+            return 1
+        start, stop = after.index(begin) + len(begin), after.index(end)
+        after = f"{after[:start]}\n{text()}\n{after[stop:]}"
     if after == before:
         return 0
     if check:

@@ -90,7 +90,7 @@ def split(languages: Sequence[str], held_out: int, seed: int = 0) -> Split:
             pair for key, pair in found.items() if key not in chosen and pair.name.casefold() not in seen
         ]
         if not parts.held_out[language] or not parts.train[language]:
-            raise ValueError(f"{language}: no pairs left to train on or to hold out, with {held_out} keys held out")
+            raise ValueError(f"{language}: no pairs left to train on or to hold out, with {held_out} held out")
     return parts
 
 

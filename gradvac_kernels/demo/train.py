@@ -1,4 +1,4 @@
-"""Train one arm of the experiment: the plain sum of the languages' losses, or their gradients vaccinated."""
+"""Train the arms of the experiment: the plain sum of the languages' losses, and their gradients vaccinated."""
 
 from __future__ import annotations
 
@@ -91,9 +91,7 @@ class Vaccinated:
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
         step = len(record.losses)
         measuring = 0.0
-        if (
-            measure
-        ):  # what a language does to the model, with little of the noise of which names a batch happens to hold
+        if measure:  # on the same things in all languages: which names a batch happens to hold is most of its noise
             begin = time.perf_counter()
             self._backward(self._probe)
             record.parallel_cosines[step] = self._cosines(record)
