@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 export PIP_CONSTRAINT := $(CURDIR)/constraints-dev.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Threads that wait should sleep: on a busy machine, spinning ones take the cores from those they wait for.
+demo test: export OMP_WAIT_POLICY := passive
 
 NATIVE := $(shell find csrc -type f)
 CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
@@ -57,11 +59,12 @@ bench: $(READY)
 
 # A build of its own under AddressSanitizer and UndefinedBehaviorSanitizer, and the tests that run native code in it.
 sanitize: $(READY)
+	rm -rf $(SANITIZED)
 	GRADVAC_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-base $(SANITIZED)
 	cd $(SANITIZED) && PYTHONPATH=$$(echo $(CURDIR)/$(SANITIZED)/lib.*) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
-	  $(abspath $(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -k cpu \
+	  $(if $(VENV),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -k cpu \
 	  $(addprefix $(CURDIR)/tests/,test_gram.py test_combine.py test_numerics.py test_bits.py test_order.py test_traps.py) $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .venv gradvac_kernels/*.so demo-output
+	rm -rf build dist *.egg-info $(VENV) gradvac_kernels/*.so demo-output

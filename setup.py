@@ -21,13 +21,16 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise RuntimeError("ninja is not on PATH: pip install ninja")
         build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
             "-G",
             "Ninja",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # an isolated build's ninja is gone the next time
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",  # an isolated build's ninja is gone the next time
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={target}",

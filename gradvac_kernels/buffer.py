@@ -46,6 +46,9 @@ class GradientBuffer:
             columns: ``[P]``.
 
         Returns:
-            Views in the order of ``groups.parameters``; nothing is copied.
+            Views in the order of ``groups.parameters``, with the strides of the parameters; nothing is copied.
         """
-        return [columns[slot.offset : slot.offset + slot.numel].view(slot.shape) for slot in self.groups.parameters]
+        return [
+            columns[slot.offset : slot.offset + slot.numel].as_strided(slot.shape, slot.stride)
+            for slot in self.groups.parameters
+        ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,12 +14,13 @@ _WRAPPERS = ("_orig_mod", "module")  # what torch.compile and DistributedDataPar
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """Where one parameter lies: ``numel`` columns from ``offset`` on, in group ``group``."""
+    """Where one parameter lies: ``numel`` columns from ``offset`` on, in group ``group``, in its own memory order."""
 
     name: str
     group: int
     offset: int
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
 
     @property
     def numel(self) -> int:
@@ -52,7 +53,7 @@ class ParameterGroups:
 
     def __post_init__(self) -> None:
         pairs = [(begin, begin + size) for begin, size in zip(self.offsets, self.sizes)]
-        object.__setattr__(self, "bounds", torch.tensor(pairs, dtype=torch.int64).reshape(len(pairs), 2))
+        object.__setattr__(self, "bounds", torch.tensor(pairs, dtype=torch.int64, device="cpu").reshape(len(pairs), 2))
 
     @property
     def numel(self) -> int:
@@ -75,7 +76,7 @@ class ParameterGroups:
             sizes=self.sizes[start:stop],
             first=self.first + start,
             parameters=tuple(
-                ParameterSlot(slot.name, slot.group - start, slot.offset - origin, slot.shape)
+                replace(slot, group=slot.group - start, offset=slot.offset - origin)
                 for slot in self.parameters
                 if start <= slot.group < stop
             ),
@@ -132,30 +133,37 @@ class ParameterGroups:
         if not isinstance(model, torch.nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         group_of = _group_names(granularity)
-        members: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        members: dict[str, list[ParameterSlot]] = {}
         for name, parameter in trainable(model):
             group = group_of(name)
             if not isinstance(group, str):
                 raise TypeError(f"granularity: expected a group name of type str for {name!r}, got {group!r}")
-            members.setdefault(group, []).append((name, tuple(parameter.shape)))
+            index = list(members).index(group) if group in members else len(members)
+            slot = ParameterSlot(name, index, 0, tuple(parameter.shape), gradient_stride(parameter))
+            members.setdefault(group, []).append(slot)
         if not members:
             raise ValueError("model: expected at least one parameter with requires_grad=True, got none")
         if granularity == "enc_dec" and not members.keys() & {"encoder", "decoder"}:
             raise ValueError("granularity: 'enc_dec' expects parameter names with a component encoder or decoder")
-        sizes = {group: sum(torch.Size(shape).numel() for _, shape in slots) for group, slots in members.items()}
+        sizes = {group: sum(slot.numel for slot in slots) for group, slots in members.items()}
         plain = cls.from_sizes(sizes, align)
         parameters = []
         for index, slots in enumerate(members.values()):
             offset = plain.offsets[index]
-            for name, shape in slots:
-                parameters.append(ParameterSlot(name, index, offset, shape))
-                offset += parameters[-1].numel
+            for slot in slots:
+                parameters.append(replace(slot, offset=offset))
+                offset += slot.numel
         return cls(plain.names, plain.offsets, plain.sizes, parameters=tuple(parameters))
 
 
 def trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """The named parameters that have gradients, each once."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def gradient_stride(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The strides that autograd gives to a parameter's gradient: its own where it is dense."""
+    return torch.empty_like(parameter, device="meta").stride()
 
 
 def _group_names(granularity: Granularity) -> Callable[[str], str]:

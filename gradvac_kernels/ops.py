@@ -44,9 +44,10 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
         backend: one of :func:`available_backends`; None takes the fastest one for the tensor's device.
 
     Returns:
-        ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (rows of equal
-        entries, where all roundings are alike: 5e-7). Entries beyond about 1e18, or below 1e-19, have squares outside
-        float32's range (float64 gradients excepted).
+        ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (1e-6 on rows
+        made for it, such as equal entries, where products are summed in float32: above 16 tasks and 4096 columns, and
+        for bfloat16). Entries beyond about 1e18, or below 1e-17, have squares that leave float32's range or lose
+        digits there (float64 gradients excepted).
 
     Raises:
         TypeError: ``grads`` or ``groups`` is of another type, or of a dtype that no backend takes.
@@ -281,8 +282,12 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape [{wanted}], got {list(tensor.shape)}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+    if name in ("ema", "out") and tensor.requires_grad:
+        raise ValueError(f"{name}: expected a tensor to write to, got one that requires grad")
     if device is not None and tensor.device != device:
-        raise ValueError(f"{name}: expected device {device} (that of grads), got {tensor.device}")
+        raise ValueError(
+            f"{name}: expected device {device}{'' if name == 'bounds' else ' (that of grads)'}, got {tensor.device}"
+        )
 
 
 def _check_is_tensor(name: str, tensor: Any) -> None:
@@ -466,6 +471,7 @@ def _combine(
     _check_apart(out=out, weights=weights)
     _check_apart(out=out, grads=grads)
     backends.choose(grads.device, backend).combine(grads, weights, bounds, out)
+    _note_write(out)
 
 
 def _combine_fake(
@@ -482,7 +488,7 @@ def _vaccinate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     if call.vaccinated is not None:
         ids = torch.arange(len(call.grads), device=call.grads.device) if call.task_ids is None else call.task_ids
         turnable = (ids[:, None] == call.vaccinated).any(1)
-    return chosen.vaccinate(
+    found = chosen.vaccinate(
         call.grads,
         call.bounds,
         call.ema,
@@ -496,6 +502,15 @@ def _vaccinate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         first_group=call.first_group,
         out=call.out,
     )
+    _note_write(call.out, call.ema)
+    return found
+
+
+def _note_write(*tensors: torch.Tensor | None) -> None:
+    """Native kernels write past autograd: without this it would not see that a saved tensor has changed."""
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
 def _vaccinate_fake(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -43,21 +43,21 @@ def vaccinate(
     loop = order.tolist()
     limits = precision(grads.dtype)
 
-    weights = torch.ones(len(groups), T, dtype=torch.float64)
-    similarity = torch.full((len(groups), T, T), torch.nan, dtype=torch.float64)
-    corrected = torch.zeros(len(groups), T, T, dtype=torch.bool)
+    weights = torch.ones(len(groups), T, dtype=torch.float64, device="cpu")
+    similarity = torch.full((len(groups), T, T), torch.nan, dtype=torch.float64, device="cpu")
+    corrected = torch.zeros(len(groups), T, T, dtype=torch.bool, device="cpu")
     for k, (begin, end) in enumerate(groups.bounds.tolist()):
         g = call.grads[:, begin:end].to("cpu", torch.float64)  # [T, P_k]
         square = [float(row @ row) for row in g]
         usable = [limits.smallest <= s <= limits.largest for s in square]  # neither zero nor non-finite
-        update = torch.zeros(end - begin, dtype=torch.float64)
-        combination = torch.eye(T, dtype=torch.float64)
+        update = torch.zeros(end - begin, dtype=torch.float64, device="cpu")
+        combination = torch.eye(T, dtype=torch.float64, device="cpu")
         for i in range(T):
             turned = g[i].clone()  # g'_i
             added = square[i] ** 0.5  # the norms of all that was added up to make g'_i
             for j in loop[k][i] if in_vaccinated[i] and usable[i] else ():
                 n2 = float(turned @ turned)
-                if not usable[j] or n2 <= limits.noise * added**2:
+                if not usable[j] or n2 <= limits.noise * added * added:
                     continue
                 length, norm = n2**0.5, square[j] ** 0.5
                 phi = min(max(float(turned @ g[j]) / (n2 * square[j]) ** 0.5, -1.0), 1.0)

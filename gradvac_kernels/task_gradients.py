@@ -3,13 +3,14 @@ optimizer reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 
+from . import ops
 from .buffer import GradientBuffer
-from .groups import Granularity, ParameterGroups, trainable
+from .groups import Granularity, ParameterGroups, gradient_stride, trainable
 from .methods import GradVac
 from .result import Vaccination
 
@@ -48,6 +49,7 @@ class TaskGradients:
         tasks: the names.
         groups: the parameter groups.
         method: the method, with its state.
+        last_task_ids: which task each row of ``last`` is, as indices of ``tasks``.
         last: the last :class:`Vaccination`, or None. Its gradient is the buffer's result: the next step overwrites it.
 
     Raises:
@@ -63,7 +65,7 @@ class TaskGradients:
         reduction: str = "sum",
     ) -> None:
         if (
-            not isinstance(tasks, Collection)
+            not isinstance(tasks, Sequence)
             or isinstance(tasks, str)
             or not tasks
             or any(not isinstance(name, str) for name in tasks)
@@ -82,15 +84,18 @@ class TaskGradients:
             found = ", ".join(f"{name}: {dtype} on {device}" for (dtype, device), name in kinds.items())
             raise ValueError(f"model: expected trainable parameters of one dtype on one device, got {found}")
         ((dtype, device),) = kinds
-        if method is not None and not callable(method):
+        if method is not None and (not callable(method) or isinstance(method, type)):
             raise TypeError(f"method: expected a callable, such as GradVac(), got {method!r}")
         self.method: Method = GradVac() if method is None else method
         self._buffer = GradientBuffer(self.groups, len(self.tasks), dtype=dtype, device=device)
         if isinstance(self.method, GradVac):
             if self.method.num_tasks not in (None, len(self.tasks)):
                 raise ValueError(f"method: expected num_tasks {len(self.tasks)}, got {self.method.num_tasks}")
+            if self.method.vaccinated is not None:
+                ops.check_range("method.vaccinated", self.method.vaccinated, len(self.tasks))
             self.method.num_tasks = len(self.tasks)
         self.last: Vaccination | None = None
+        self.last_task_ids: tuple[int, ...] = ()
         self._model = model
         self._parameters = [named[slot.name] for slot in self.groups.parameters]
         self._rows: list[int] = []  # ids of the tasks captured in this step: row r of the buffer is task _rows[r]
@@ -139,7 +144,8 @@ class TaskGradients:
                 if parameter.grad is None:  # zero_grad()
                     view.zero_()
                 elif parameter.grad is not view:  # zero_grad() and then backward, or create_graph=True
-                    view.copy_(parameter.grad.detach())
+                    other = parameter.grad.detach()
+                    view.copy_(other.to_dense() if other.is_sparse else other)
         except BaseException:
             self.discard()
             raise
@@ -169,10 +175,10 @@ class TaskGradients:
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {name!r}")
             if not isinstance(loss, torch.Tensor):
                 raise TypeError(f"losses[{name!r}]: expected a tensor, got {type(loss).__name__}")
-            if loss.numel() != 1 or not loss.requires_grad:
+            if loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
                 raise ValueError(
-                    f"losses[{name!r}]: expected a scalar that requires grad, got shape {list(loss.shape)}, "
-                    f"requires_grad={loss.requires_grad}"
+                    f"losses[{name!r}]: expected a real scalar that requires grad, got shape {list(loss.shape)}, "
+                    f"{loss.dtype}, requires_grad={loss.requires_grad}"
                 )
         *_, last = losses
         for name, loss in losses.items():
@@ -204,6 +210,7 @@ class TaskGradients:
             result /= len(self._rows)
         for parameter, view, used in zip(self._parameters, self._buffer.parameter_views(result), self._used):
             parameter.grad = view if used else None
+        self.last_task_ids = self.task_ids
         self.discard()
         return self.last
 
@@ -232,7 +239,8 @@ class TaskGradients:
                 raise ValueError(f"model: expected the trainable parameters of before, got a new one, {name!r}")
         grads = self._buffer.grads
         for slot, parameter in zip(self.groups.parameters, self._parameters):
-            if (parameter.dtype, parameter.device, tuple(parameter.shape)) != (grads.dtype, grads.device, slot.shape):
+            found = parameter.dtype, parameter.device, tuple(parameter.shape), gradient_stride(parameter)
+            if found != (grads.dtype, grads.device, slot.shape, slot.stride):
                 raise ValueError(
                     f"model: expected {slot.name!r} as before, {grads.dtype} on {grads.device} of shape "
                     f"{list(slot.shape)}, got {parameter.dtype} on {parameter.device} of shape {list(parameter.shape)}"

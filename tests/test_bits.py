@@ -84,3 +84,19 @@ def test_pieces_are_equal_to_the_whole_call(native):
     grads = task_gradients(7, MANY)
     found = gvk.vaccinate(grads, MANY, None, target=0.3, backend=native)
     assert torch.equal(gvk.combine(grads, found.weights, MANY, backend=native), found.gradient)
+
+
+def test_flushing_of_subnormals_changes_nothing(native):
+    """torch.set_flush_denormal acts on the calling thread only: the sums may not depend on who does them."""
+    groups = gvk.ParameterGroups.from_sizes({"a": 1 << 20})
+    grads = torch.full((2, 1 << 20), 1e-39)
+    weights = torch.full((1, 2), 1e10, dtype=torch.float64)
+    usual = gvk.combine(grads, weights, groups, backend=native)
+    assert bool((usual > 0).all())
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor does not flush subnormals")
+    try:
+        flushing = [gvk.combine(grads, weights, groups, backend=native) for _ in range(3)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(torch.equal(usual, found) for found in flushing)

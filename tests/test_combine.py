@@ -50,15 +50,11 @@ def test_any_type_into_any_type(backend, dtype, result):
     grads, weights = task_gradients(4, groups, dtype=dtype), random_weights(groups, 4)
     out = torch.full((groups.numel,), torch.nan, dtype=result)
     assert gvk.combine(grads, weights, groups, out=out, backend=backend) is out
-    want = (
-        exact(grads, weights, groups).float().to(result).double()
-        if result != torch.float64
-        else exact(grads, weights, groups)
-    )
+    want = exact(grads, weights, groups)
     error = (out.double() - want).abs()
-    # a sum that falls between two values of the type may go either way: by one unit
+    # a sum next to the middle of two values of the type may go either way: half a unit, and a little more
     allowed = (
-        want.abs() * torch.finfo(result).eps
+        want.abs() * torch.finfo(result).eps / 2 * 1.01
         + magnitude(grads, weights, groups) * 4 * 2.0**-53
         + torch.finfo(result).tiny
     )

@@ -221,3 +221,13 @@ def test_a_permutation_of_the_tasks_permutes_the_result(backend):
     assert torch.allclose(permuted, plain[:, shuffle][:, :, shuffle], atol=1e-7)
     differ = second.corrected != first.corrected[:, shuffle][:, :, shuffle]
     assert differ.sum() <= 1  # a tie of phi and target may fall either way
+
+
+def test_a_target_that_is_no_number_turns_nothing(backend):
+    groups = LAYOUTS["ragged"]
+    grads = task_gradients(4, groups)
+    found = run(backend, grads, groups, targets(groups, 4, torch.nan))
+    assert not found.corrected.any()
+    assert bool((found.weights == 1).all())
+    with pytest.raises(ValueError, match=r"state\['ema'\]: expected finite targets"):
+        gvk.GradVac().load_state_dict({"ema": targets(groups, 4, torch.nan), "num_tasks": 4, "seed": 0, "step": 1})

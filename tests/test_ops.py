@@ -688,3 +688,41 @@ def test_padding_is_neither_read_nor_written(backend, oracle):
     assert given.gradient is out
     assert bool((out[~owned] == 123.0).all())
     assert torch.equal(inside(groups, out), inside(groups, fresh.gradient))
+
+
+@pytest.mark.parametrize("name", gvk.available_backends())
+def test_autograd_sees_the_writes(name):
+    """A tensor saved for backward and then overwritten is an error, not a wrong gradient."""
+    groups = gvk.ParameterGroups.from_sizes({"a": 4})
+    out, factor = torch.ones(4), torch.ones(4, requires_grad=True)
+    product = (factor * out).sum()
+    gvk.combine(torch.ones(2, 4), torch.ones(1, 2, dtype=torch.float64), groups, out=out, backend=name)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@pytest.mark.parametrize("which", ["out", "ema"])
+@pytest.mark.parametrize("function", [gvk.vaccinate, gvk.reference.vaccinate])
+def test_tensors_to_write_to_may_not_require_grad(function, which):
+    groups = gvk.ParameterGroups.from_sizes({"a": 4})
+    tensors = {"ema": torch.zeros(1, 2, 2, dtype=torch.float64), "out": torch.zeros(4)}
+    tensors[which].requires_grad_()
+    with pytest.raises(ValueError, match=f"{which}: expected a tensor to write to"):
+        function(torch.ones(2, 4), groups, tensors["ema"], out=tensors["out"])
+    assert bool((tensors["ema"] == 0).all())
+
+
+def test_another_default_device():
+    torch.set_default_device("meta")
+    try:
+        groups = gvk.ParameterGroups.from_sizes({"a": 4})
+        grads = torch.arange(8.0, device="cpu").reshape(2, 4)
+        ema = torch.zeros(1, 2, 2, dtype=torch.float64, device="cpu")
+        found = gvk.vaccinate(grads, groups, ema)
+        want = gvk.reference.vaccinate(grads, groups, torch.zeros_like(ema))
+        combined = gvk.combine(grads, found.weights, groups)
+        assert gvk.gram(grads, groups).device.type == "cpu"
+    finally:
+        torch.set_default_device(None)
+    assert torch.allclose(found.gradient, want.gradient)
+    assert torch.equal(combined, found.gradient)

@@ -437,14 +437,59 @@ def test_sparse_gradients():
     assert bool((grad[[0, 1, 2, 5, 7]] != 0).any(1).all())
 
 
-@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
-def test_parameters_of_another_memory_format():
+class Transposed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3).t())
+
+    def forward(self, x):
+        return x.flatten(1)[:, :6] @ self.weight.t()
+
+
+@pytest.mark.filterwarnings("error:grad and param do not obey the gradient layout contract")
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), Transposed])
+def test_parameters_in_another_memory_order(make):
+    """A fused optimizer walks the memory of a parameter and its gradient together: the strides have to agree."""
     torch.manual_seed(0)
-    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-    tasks = task_gradients(model)
+    model, plain = make(), make()
+    plain.load_state_dict(model.state_dict())
+    tasks = gvk.TaskGradients(model, ["a", "b"], method=gvk.GradVac(vaccinated=()))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=True) for m in (model, plain)]
     x = torch.randn(2, 3, 6, 6)
-    losses = {name: (model(x) * (i - 1) + 1).square().mean() for i, name in enumerate(TASKS)}
-    check_backward(model, tasks, losses, new_targets(tasks), 0)
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        tasks.backward({"a": model(x).square().mean(), "b": model(x).sin().mean()})
+        (plain(x).square().mean() + plain(x).sin().mean()).backward()
+        for ours, theirs in zip(model.parameters(), plain.parameters()):
+            assert ours.grad.stride() == theirs.grad.stride()
+            assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-7)
+        for optimizer in optimizers:
+            optimizer.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-3)  # of steps of 0.1: Adam divides by small numbers
+
+
+def test_the_rows_of_the_last_step_are_known():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    tasks = gvk.TaskGradients(model, ["a", "b", "c"])
+    tasks.backward({"c": model(torch.randn(3)).sum(), "a": model(torch.randn(3)).sum()})
+    assert tasks.last_task_ids == (2, 0)
+    assert tasks.task_ids == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"tasks": {"a", "b"}}, TypeError, "tasks: expected a sequence"),
+        ({"method": gvk.GradVac}, TypeError, "method: expected a callable"),
+        ({"method": gvk.GradVac(vaccinated=[2])}, ValueError, r"method.vaccinated: expected ids in 0..1, got \[2\]"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(changes, error, message):
+    with pytest.raises(error, match=message):
+        gvk.TaskGradients(**({"model": nn.Linear(2, 2), "tasks": ["a", "b"]} | changes))
 
 
 def test_mixed_kinds_of_parameters_are_refused():

@@ -19,8 +19,12 @@ void CombinePhase::combine(const Segment& segment) const {
 void combine(const Buffer& grads, const double* weights, const Result& out, int threads) {
   const Segments segments(grads);
   const CombinePhase phase(grads, weights, out);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(useful_threads(grads, threads))
-  for (std::int64_t s = 0; s < segments.count(); ++s) phase.combine(segments[s]);
+#pragma omp parallel num_threads(useful_threads(grads, threads))
+  {
+    const FullFloats full;
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t s = 0; s < segments.count(); ++s) phase.combine(segments[s]);
+  }
 }
 
 }  // namespace gradvac::cpu

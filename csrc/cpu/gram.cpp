@@ -46,6 +46,7 @@ void gram(const Buffer& grads, double* G, int threads) {
   GramPhase phase(grads, segments, threads);
 #pragma omp parallel num_threads(threads)
   {
+    const FullFloats full;
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t s = 0; s < segments.count(); ++s) phase.measure(s, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)

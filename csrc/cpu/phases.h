@@ -32,6 +32,18 @@ class Segments {
 
 // Threads worth waking for this much data, at most `threads`.
 int useful_threads(const Buffer& grads, int threads);
+// Every thread of a region computes with subnormals, whatever torch.set_flush_denormal said to some of them.
+class FullFloats {
+ public:
+  FullFloats();
+  FullFloats(const FullFloats&) = delete;
+  FullFloats& operator=(const FullFloats&) = delete;
+  ~FullFloats();
+
+ private:
+  unsigned int before_ = 0;
+};
+
 // Bytes of the last cache level.
 std::int64_t cache_bytes();
 

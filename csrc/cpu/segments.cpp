@@ -4,6 +4,10 @@
 
 #include "phases.h"
 
+#ifdef GRADVAC_X86
+#include <immintrin.h>
+#endif
+
 namespace gradvac::cpu {
 
 namespace {
@@ -29,6 +33,15 @@ int useful_threads(const Buffer& grads, int threads) {
   const std::int64_t worth = columns * grads.T / kElementsAThread;
   return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, worth)));
 }
+
+#ifdef GRADVAC_X86
+constexpr unsigned int kFlushing = 0x8040;  // flush to zero, denormals are zero
+FullFloats::FullFloats() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~kFlushing); }
+FullFloats::~FullFloats() { _mm_setcsr(before_); }
+#else
+FullFloats::FullFloats() {}
+FullFloats::~FullFloats() {}
+#endif
 
 std::int64_t cache_bytes() {
   // Not sysconf(_SC_LEVEL3_CACHE_SIZE): glibc multiplies by cores that a virtual machine may not have.

@@ -140,6 +140,17 @@ inline VecF load_floats(const Float16* p) {
 
 // ---- sums over lanes
 
+// GCC has __builtin_shufflevector from 12 on only.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+typedef int64_t OrderD __attribute__((vector_size(kBytes)));
+typedef int32_t OrderF __attribute__((vector_size(kBytes)));
+#define GRADVAC_SHUFFLE_D(a, b, ...) __builtin_shuffle(a, b, (OrderD){__VA_ARGS__})
+#define GRADVAC_SHUFFLE_F(a, b, ...) __builtin_shuffle(a, b, (OrderF){__VA_ARGS__})
+#else
+#define GRADVAC_SHUFFLE_D(...) __builtin_shufflevector(__VA_ARGS__)
+#define GRADVAC_SHUFFLE_F(...) __builtin_shufflevector(__VA_ARGS__)
+#endif
+
 #if defined(__AVX512F__)
 #define GRADVAC_SHUFFLE_PAIRS_LOW 0, 8, 2, 10, 4, 12, 6, 14
 #define GRADVAC_SHUFFLE_PAIRS_HIGH 1, 9, 3, 11, 5, 13, 7, 15
@@ -157,18 +168,18 @@ inline VecF load_floats(const Float16* p) {
 #define GRADVAC_SHUFFLE_FLOATS_HIGH 2, 6, 3, 7
 #endif
 
-inline VecD low_pairs(VecD a, VecD b) { return __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_PAIRS_LOW); }
-inline VecD high_pairs(VecD a, VecD b) { return __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_PAIRS_HIGH); }
+inline VecD low_pairs(VecD a, VecD b) { return GRADVAC_SHUFFLE_D(a, b, GRADVAC_SHUFFLE_PAIRS_LOW); }
+inline VecD high_pairs(VecD a, VecD b) { return GRADVAC_SHUFFLE_D(a, b, GRADVAC_SHUFFLE_PAIRS_HIGH); }
 
 // In every 128 bits: the sum of a's two doubles, and of b's.
 inline VecD sum_pairs(VecD a, VecD b) { return low_pairs(a, b) + high_pairs(a, b); }
 
 // In every 128 bits: the sums of the four floats of a, of b, of c and of d.
 inline VecF sum_fours(VecF a, VecF b, VecF c, VecF d) {
-  const VecF ab = __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_FLOATS_LOW) +
-                  __builtin_shufflevector(a, b, GRADVAC_SHUFFLE_FLOATS_HIGH);
-  const VecF cd = __builtin_shufflevector(c, d, GRADVAC_SHUFFLE_FLOATS_LOW) +
-                  __builtin_shufflevector(c, d, GRADVAC_SHUFFLE_FLOATS_HIGH);
+  const VecF ab =
+      GRADVAC_SHUFFLE_F(a, b, GRADVAC_SHUFFLE_FLOATS_LOW) + GRADVAC_SHUFFLE_F(a, b, GRADVAC_SHUFFLE_FLOATS_HIGH);
+  const VecF cd =
+      GRADVAC_SHUFFLE_F(c, d, GRADVAC_SHUFFLE_FLOATS_LOW) + GRADVAC_SHUFFLE_F(c, d, GRADVAC_SHUFFLE_FLOATS_HIGH);
   return bits<VecF>(low_pairs(bits<VecD>(ab), bits<VecD>(cd))) + bits<VecF>(high_pairs(bits<VecD>(ab), bits<VecD>(cd)));
 }
 
@@ -177,13 +188,13 @@ inline void add_sums_of_four(const VecD* v, double* sums) {
   const VecD ab = sum_pairs(v[0], v[1]), cd = sum_pairs(v[2], v[3]);
 #if defined(__AVX512F__)
   // ab: [a, b] in each of four 128 bits
-  const VecD low = __builtin_shufflevector(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
-  const VecD high = __builtin_shufflevector(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
+  const VecD low = GRADVAC_SHUFFLE_D(ab, cd, 0, 1, 8, 9, 4, 5, 12, 13);
+  const VecD high = GRADVAC_SHUFFLE_D(ab, cd, 2, 3, 10, 11, 6, 7, 14, 15);
   const VecD four = low + high;  // [a, b, c, d] twice
   _mm256_storeu_pd(sums, _mm256_loadu_pd(sums) + (_mm512_castpd512_pd256(bits<__m512d>(four)) +
                                                   _mm512_extractf64x4_pd(bits<__m512d>(four), 1)));
 #elif defined(__AVX2__)
-  const VecD four = __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+  const VecD four = GRADVAC_SHUFFLE_D(ab, cd, 0, 1, 4, 5) + GRADVAC_SHUFFLE_D(ab, cd, 2, 3, 6, 7);
   store(sums, load<VecD>(sums) + four);
 #else
   store(sums, load<VecD>(sums) + ab);
@@ -204,8 +215,10 @@ inline void add_sums_of_four(const VecF* v, double* sums) {
   store(sums, load<VecD>(sums) + (widen(bits<HalfF>(_mm256_castps256_ps128(all))) +
                                   widen(bits<HalfF>(_mm256_extractf128_ps(all, 1)))));
 #else
-  store(sums, load<VecD>(sums) + widen(__builtin_shufflevector(fours, fours, 0, 1)));
-  store(sums + 2, load<VecD>(sums + 2) + widen(__builtin_shufflevector(fours, fours, 2, 3)));
+  HalfF halves[2];
+  __builtin_memcpy(halves, &fours, sizeof(fours));
+  store(sums, load<VecD>(sums) + widen(halves[0]));
+  store(sums + 2, load<VecD>(sums + 2) + widen(halves[1]));
 #endif
 }
 

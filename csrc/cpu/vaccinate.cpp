@@ -37,19 +37,22 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, const Result& out, i
   CoefficientPhase coefficients(vaccine, grads.K, T, threads);
   const CombinePhase combine(grads, vaccine.weights, out);
 #pragma omp parallel num_threads(threads)
-  for (std::size_t batch = 0; batch + 1 < starts.size(); ++batch) {
-    const std::int64_t first = starts[batch], last = starts[batch + 1];
-    const std::int64_t begin = segments.first(first), end = segments.first(last);
+  {
+    const FullFloats full;
+    for (std::size_t batch = 0; batch + 1 < starts.size(); ++batch) {
+      const std::int64_t first = starts[batch], last = starts[batch + 1];
+      const std::int64_t begin = segments.first(first), end = segments.first(last);
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t s = begin; s < end; ++s) gram.measure(s, omp_get_thread_num());
+      for (std::int64_t s = begin; s < end; ++s) gram.measure(s, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t k = first; k < last; ++k) gram.add_up(k, coefficients.G(k));
+      for (std::int64_t k = first; k < last; ++k) gram.add_up(k, coefficients.G(k));
 #pragma omp for schedule(dynamic, 4)
-    for (std::int64_t r = first * T; r < last * T; ++r) coefficients.solve(r / T, r % T, omp_get_thread_num());
+      for (std::int64_t r = first * T; r < last * T; ++r) coefficients.solve(r / T, r % T, omp_get_thread_num());
 #pragma omp for schedule(dynamic, 1)
-    for (std::int64_t k = first; k < last; ++k) coefficients.weigh(k);
+      for (std::int64_t k = first; k < last; ++k) coefficients.weigh(k);
 #pragma omp for schedule(dynamic, 1) nowait
-    for (std::int64_t s = 0; s < end - begin; ++s) combine.combine(segments[end - 1 - s]);
+      for (std::int64_t s = 0; s < end - begin; ++s) combine.combine(segments[end - 1 - s]);
+    }
   }
 }
 

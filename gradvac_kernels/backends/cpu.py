@@ -37,7 +37,7 @@ def instruction_set() -> str:
 
 def instruction_sets() -> tuple[str, ...]:
     """The variants that this machine can run, the fastest first."""
-    return tuple(_cpu.instruction_sets())
+    return () if _missing else tuple(_cpu.instruction_sets())
 
 
 def use_instruction_set(name: str) -> None:

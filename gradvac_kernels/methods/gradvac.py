@@ -140,6 +140,10 @@ class GradVac:
             if self.target is not None:
                 raise ValueError("state['ema']: expected None for a method with a constant target")
             ops.check_tensor("state['ema']", ema, (torch.float64,), (None, num_tasks, num_tasks))
+            if not bool(ema.isfinite().all()):
+                raise ValueError("state['ema']: expected finite targets, got some that are not")
+        if self.vaccinated is not None:
+            ops.check_range("state['num_tasks']: vaccinated", self.vaccinated, num_tasks)
         self.ema = None if ema is None else ema.clone().contiguous()
         self.num_tasks = self.num_tasks if num_tasks is None else num_tasks
         self.seed, self.step = state["seed"], state["step"]

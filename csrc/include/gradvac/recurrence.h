@@ -45,7 +45,7 @@ struct Row {
     if (lost || !rule.limits.usable(square_j)) return meeting;
     const double length = sqrt(n2), norm_j = sqrt(square_j);
     const double phi = fmin(fmax(v_j / sqrt(n2 * square_j), -1.0), 1.0);  // exactly -1 for g_j = -g'_i
-    const double goal = fmin(hat, rule.max_target);
+    const double goal = hat > rule.max_target ? rule.max_target : hat;    // a NaN turns nothing
     meeting.measured = true;
     meeting.phi = phi;
     if (phi < goal) {
