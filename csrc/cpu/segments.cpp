@@ -11,17 +11,20 @@
 namespace gradvac::cpu {
 
 namespace {
-constexpr std::int64_t kSegment = 16384;            // columns
 constexpr std::int64_t kElementsAThread = 1 << 15;  // about what waking a thread costs
 constexpr std::int64_t kCacheGuess = 8 << 20;       // where the system does not say
+
+// Columns of a segment: few rows make long ones, or starting a segment would show.
+std::int64_t segment_columns(std::int64_t T) { return std::clamp<std::int64_t>((1 << 18) / T, 1 << 14, 1 << 16); }
 }  // namespace
 
 Segments::Segments(const Buffer& grads) {
+  const std::int64_t columns = segment_columns(grads.T);
   for (std::int64_t k = 0; k < grads.K; ++k) {
     first_.push_back(count());
     const std::int64_t end = grads.bounds[2 * k + 1];
-    for (std::int64_t begin = grads.bounds[2 * k]; begin < end; begin += kSegment) {
-      list_.push_back({k, begin, std::min(begin + kSegment, end)});
+    for (std::int64_t begin = grads.bounds[2 * k]; begin < end; begin += columns) {
+      list_.push_back({k, begin, std::min(begin + columns, end)});
     }
   }
   first_.push_back(count());
