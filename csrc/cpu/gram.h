@@ -61,6 +61,21 @@ using PackedBfloat16 = InFloats<float>;
 
 // ---- one block of pairs
 
+// sums += the sums over the lanes of the accumulators; on the diagonal, of those with n <= m.
+template <bool kDiagonal, class Acc, int M, int N>
+inline void add_sums(const Acc (&acc)[M][N], double* sums) {
+#pragma GCC unroll 4
+  for (int first = 0; first < kPairs; first += 4) {
+    Acc four[4] = {};
+#pragma GCC unroll 4
+    for (int pair = first; pair < first + 4; ++pair) {
+      const int m = pair / kBlock, n = pair % kBlock;
+      if (m < M && n < (kDiagonal ? m + 1 : N)) four[pair - first] = acc[m < M ? m : 0][n < N ? n : 0];
+    }
+    add_sums_of_four(four, sums + first);
+  }
+}
+
 // sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep. On the diagonal b is a and only n <= m is computed;
 // each row is there once a tile, and what it will be read from next, at `ahead`, is asked for.
 template <class Policy, int M, int N, bool kDiagonal>
@@ -81,16 +96,43 @@ inline void add_block(const typename Policy::E* a, const typename Policy::E* b, 
     for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
     ahead += ahead_step;
   }
+  add_sums<kDiagonal>(acc, sums);
+}
+
+// Where reading a vector also converts it, that is half of the work: a block below the diagonal and the one above it on
+// the diagonal, whose rows b they share, fit the registers together.
+template <class Policy>
+constexpr bool kCorners = kBlock == 4 && std::is_same_v<typename Policy::Acc, VecD>;
+
+template <class Policy, int M>
+inline void add_corner(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
+                       const char* ahead_a, const char* ahead_b, int64_t ahead_stride, int64_t step_a, int64_t step_b,
+                       double* sums, double* diagonal_sums) {
+  typename Policy::Acc acc[M][kBlock] = {}, diagonal[kBlock][kBlock] = {};
+  for (int64_t column = 0; column < columns; column += Policy::kStep) {
+    typename Policy::Loaded right[kBlock];
 #pragma GCC unroll 4
-  for (int first = 0; first < kPairs; first += 4) {
-    typename Policy::Acc four[4] = {};
+    for (int n = 0; n < kBlock; ++n) right[n] = Policy::load(b + n * stride + column);
 #pragma GCC unroll 4
-    for (int pair = first; pair < first + 4; ++pair) {
-      const int m = pair / kBlock, n = pair % kBlock;
-      if (m < M && n < (kDiagonal ? m + 1 : N)) four[pair - first] = acc[m < M ? m : 0][n < N ? n : 0];
+    for (int n = 0; n < kBlock; ++n) {
+#pragma GCC unroll 4
+      for (int m = n; m < kBlock; ++m) diagonal[m][n] = Policy::multiply_add(diagonal[m][n], right[m], right[n]);
     }
-    add_sums_of_four(four, sums + first);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const typename Policy::Loaded left = Policy::load(a + m * stride + column);
+#pragma GCC unroll 4
+      for (int n = 0; n < kBlock; ++n) acc[m][n] = Policy::multiply_add(acc[m][n], left, right[n]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) __builtin_prefetch(ahead_a + m * ahead_stride);
+#pragma GCC unroll 4
+    for (int n = 0; n < kBlock; ++n) __builtin_prefetch(ahead_b + n * ahead_stride);
+    ahead_a += step_a;
+    ahead_b += step_b;
   }
+  add_sums<false>(acc, sums);
+  add_sums<true>(diagonal, diagonal_sums);
 }
 
 // A tile of T rows, and where each row will be read from next.
@@ -113,6 +155,21 @@ struct Tile {
       add<kDiagonal, M - 1>(i, j, height, sums);
     }
   }
+
+  // Block (j + 1, j) and block (j, j).
+  template <int M = kBlock>
+  void add_corner_at(int64_t j, int64_t height, double* sums, double* diagonal_sums) const {
+    if (height == M) {
+      const int64_t i = j + 1, share_a = (ahead_bytes + i) / (i + 1), share_b = (ahead_bytes + j) / (j + 1);
+      add_corner<Policy, M>(rows + i * kBlock * stride, rows + j * kBlock * stride, stride, columns,
+                            ahead + i * kBlock * ahead_stride + j * share_a,
+                            ahead + j * kBlock * ahead_stride + j * share_b, ahead_stride,
+                            (share_a * Policy::kStep + columns - 1) / columns,
+                            (share_b * Policy::kStep + columns - 1) / columns, sums, diagonal_sums);
+    } else if constexpr (M > 1) {
+      add_corner_at<M - 1>(j, height, sums, diagonal_sums);
+    }
+  }
 };
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -126,9 +183,18 @@ void add_tile(const Tile<Policy>& tile, double* sums) {
     for (int64_t i = panel; i < blocks; ++i) {
       const int64_t height = smaller(kBlock, tile.T - i * kBlock);
       for (int64_t j = panel; j < smaller(i, panel + kPanel); ++j) {
-        tile.template add<false>(i, j, height, sums + block_index(i, j) * kPairs);
+        double* block = sums + block_index(i, j) * kPairs;
+        if constexpr (kCorners<Policy>) {
+          if (j + 1 == i) {
+            tile.add_corner_at(j, height, block, sums + block_index(j, j) * kPairs);
+            continue;
+          }
+        }
+        tile.template add<false>(i, j, height, block);
       }
-      if (i < panel + kPanel) tile.template add<true>(i, i, height, sums + block_index(i, i) * kPairs);
+      // with corners, only the last block of the diagonal has nothing below it
+      if (i < panel + kPanel && (!kCorners<Policy> || i + 1 == blocks))
+        tile.template add<true>(i, i, height, sums + block_index(i, i) * kPairs);
     }
   }
 }
