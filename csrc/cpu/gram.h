@@ -76,8 +76,8 @@ inline void add_sums(const Acc (&acc)[M][N], double* sums) {
   }
 }
 
-// sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep. On the diagonal b is a and only n <= m is computed;
-// each row is there once a tile, and what it will be read from next, at `ahead`, is asked for.
+// sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep. On the diagonal b is a and only n <= m is computed.
+// The rows a are asked for at `ahead`, where they will be read next: each block of a row of blocks asks for its share.
 template <class Policy, int M, int N, bool kDiagonal>
 inline void add_block(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
                       const char* ahead, int64_t ahead_stride, int64_t ahead_step, double* sums) {

@@ -55,8 +55,6 @@ struct Float16 {
 
 // ---- scalar conversions, where the instruction set has none
 
-inline float to_float(Bfloat16 x) { return bits<float>(static_cast<uint32_t>(x.bits) << 16); }
-
 inline float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u) return bits<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);  // inf, NaN
