@@ -8,7 +8,7 @@ namespace gradvac::cpu {
 double streaming_read(const void* data, std::int64_t bytes, int threads) {
   constexpr std::int64_t kPiece = 1 << 20;
   double sum = 0;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) reduction(+ : sum)
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : sum)
   for (std::int64_t piece = 0; piece < bytes / kPiece; ++piece) {
     sum += variant().read(static_cast<const char*>(data) + piece * kPiece, kPiece);
   }

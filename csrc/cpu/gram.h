@@ -27,7 +27,8 @@ struct InDoubles {
   using Acc = VecD;
   using Loaded = VecD;
   static constexpr int kStep = kDoubles;
-  static constexpr int64_t kTile = 512;  // columns: 16 rows of floats fill two thirds of a first-level cache
+  // columns: 16 rows of floats fill two thirds of a first-level cache, and so do fewer rows of more columns
+  static int64_t tile(int64_t T) { return 512 * (T < kExactRows ? kExactRows / T : 1); }
   static Loaded load(const E* p) { return load_doubles(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
@@ -38,7 +39,7 @@ struct InFloats {
   using Acc = VecF;
   using Loaded = VecF;
   static constexpr int kStep = kFloats;
-  static constexpr int64_t kTile = kChain * kFloats;
+  static int64_t tile(int64_t) { return kChain * kFloats; }
   static Loaded load(const E* p) { return load_floats(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
@@ -50,7 +51,7 @@ struct InFloats<Bfloat16> {  // products of bfloat16 are exact in float32; each 
   using Acc = VecF;
   using Loaded = __m512bh;
   static constexpr int kStep = 2 * kFloats;
-  static constexpr int64_t kTile = kChain * kFloats;
+  static int64_t tile(int64_t) { return kChain * kFloats; }
   static Loaded load(const E* p) { return bits<__m512bh>(_mm512_loadu_si512(p)); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return bits<VecF>(_mm512_dpbf16_ps(bits<__m512>(acc), a, b)); }
 };
@@ -232,32 +233,32 @@ inline int64_t sums_size(int64_t T) { return (block_index(blocks_of(T), 0) * kPa
 
 // Elements between packed rows: a cache line past the tile, so that rows do not share cache sets.
 template <class Policy>
-constexpr int64_t kPackedStride = Policy::kTile + 64 / static_cast<int64_t>(sizeof(typename Policy::E));
+int64_t packed_stride(int64_t T) {
+  return Policy::tile(T) + 64 / static_cast<int64_t>(sizeof(typename Policy::E));
+}
 
 // Doubles of scratch: the sums of the blocks, and room for one packed tile of the widest type.
-inline int64_t gram_scratch(int64_t T) { return sums_size(T) + T * kPackedStride<InDoubles<double>>; }
+inline int64_t gram_scratch(int64_t T) { return sums_size(T) + T * packed_stride<InDoubles<double>>(T); }
 
 // Whole tiles are read where they are, if Direct says how; the last one, and all where it does not, are packed.
 template <class From, class Direct, class Packed>
 void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, double* sums, void* buffer) {
-  constexpr int64_t kTile = Packed::kTile, kSize = sizeof(From);
+  const int64_t whole = Packed::tile(T), packed_row = packed_stride<Packed>(T);
+  constexpr int64_t kSize = sizeof(From);
   auto* packed = static_cast<typename Packed::E*>(buffer);
-  for (int64_t column = 0; column < columns; column += kTile) {
-    const int64_t width = smaller(kTile, columns - column);
+  for (int64_t column = 0; column < columns; column += whole) {
+    const int64_t width = smaller(whole, columns - column);
     const From* tile = rows + column;
-    const char* ahead = reinterpret_cast<const char*>(tile) + kTile * kSize;
+    const char* ahead = reinterpret_cast<const char*>(tile) + whole * kSize;
     if constexpr (!std::is_same_v<Direct, void>) {
-      static_assert(Direct::kTile == kTile, "whole tiles may be read either way");
-      if (width == kTile) {
+      if (width == whole) {
         add_tile(Tile<Direct>{tile, T, stride, width, ahead, stride * kSize, width * kSize}, sums);
         continue;
       }
     }
-    pack<Packed>(tile, T, stride, width, packed, kPackedStride<Packed>);
+    pack<Packed>(tile, T, stride, width, packed, packed_row);
     const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
-    add_tile(
-        Tile<Packed>{packed, T, kPackedStride<Packed>, steps * Packed::kStep, ahead, stride * kSize, width * kSize},
-        sums);
+    add_tile(Tile<Packed>{packed, T, packed_row, steps * Packed::kStep, ahead, stride * kSize, width * kSize}, sums);
   }
 }
 
