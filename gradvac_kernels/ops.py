@@ -6,6 +6,7 @@ value when the operator runs; what lies on a device is never read back.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,8 +23,8 @@ _library.define("gram(Tensor grads, Tensor bounds, str? backend=None) -> Tensor"
 _library.define("combine(Tensor grads, Tensor weights, Tensor bounds, Tensor(a!) out, str? backend=None) -> ()")
 _library.define(
     "vaccinate(Tensor grads, Tensor bounds, Tensor(a!)? ema, Tensor(b!) out, float beta, float? target, "
-    "Tensor? task_ids, Tensor? vaccinated, Tensor? order, SymInt seed, SymInt step, SymInt first_group, "
-    "str? backend=None) "
+    "Tensor? task_ids, Tensor? vaccinated, Tensor? order, SymInt seed, SymInt step, Tensor? counter, "
+    "SymInt first_group, str? backend=None) "
     "-> (Tensor, Tensor, Tensor)"
 )
 _library.define(
@@ -45,9 +46,9 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
 
     Returns:
         ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (1e-6 on rows
-        made for it, such as equal entries, where products are summed in float32: above 16 tasks and 4096 columns, and
-        for bfloat16). Entries beyond about 1e18, or below 1e-17, have squares that leave float32's range or lose
-        digits there (float64 gradients excepted).
+        made for it, such as equal entries, where products are summed in float32: above 4096 columns with more than 16
+        tasks or on a GPU, and for bfloat16; 2e-7 on heavy tails, by a GPU's matrix units). Entries beyond about 1e18,
+        or below 1e-17, have squares that leave float32's range or lose digits there (float64 gradients excepted).
 
     Raises:
         TypeError: ``grads`` or ``groups`` is of another type, or of a dtype that no backend takes.
@@ -105,7 +106,7 @@ def vaccinate(
     vaccinated: torch.Tensor | Sequence[int] | None = None,
     order: torch.Tensor | None = None,
     seed: int = 0,
-    step: int = 0,
+    step: int | torch.Tensor = 0,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Vaccination:
@@ -127,7 +128,8 @@ def vaccinate(
         order: ``[K, T, T-1]`` int64, for each group and row the other rows in the order of the inner loop; None means
             ``task_order(K, T, seed=seed, step=step, first_group=groups.first)``.
         seed: chooses the sequence of random orders.
-        step: counts the training steps: a new order each.
+        step: counts the training steps: a new order each. An int, or an int64 tensor of one element on the device of
+            ``grads``, which is read there: a captured CUDA graph draws a new order whenever it has changed.
         out: ``[P]``, as for :func:`combine`.
         backend: one of :func:`available_backends`; None takes the fastest one for the tensor's device.
 
@@ -201,6 +203,7 @@ class Call(NamedTuple):
     order: torch.Tensor | None
     seed: int
     step: int
+    counter: torch.Tensor | None
     first_group: int
 
     def check(self) -> None:
@@ -219,12 +222,14 @@ def prepare(
     vaccinated: torch.Tensor | Sequence[int] | None,
     order: torch.Tensor | None,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     out: torch.Tensor | None,
 ) -> Call:
     """What a user passes to :func:`vaccinate`, as the operator takes it."""
     check_face(grads, groups)
     check_settings(beta, target, seed)
+    counter = step if isinstance(step, torch.Tensor) else None
+    step = 0 if isinstance(step, torch.Tensor) else step
     check_int("step", step)
     for name, tensor in (("ema", ema), ("order", order), ("out", out)):
         _check_is_tensor(name, tensor)
@@ -240,6 +245,7 @@ def prepare(
         order,
         seed,
         step,
+        counter,
         groups.first,
     )
 
@@ -343,6 +349,7 @@ def _check_vaccinate(
     order: torch.Tensor | None,
     seed: int,
     step: int,
+    counter: torch.Tensor | None,
     first_group: int,
 ) -> None:
     _check_grads(grads, bounds)
@@ -368,6 +375,10 @@ def _check_vaccinate(
         check_tensor("vaccinated", vaccinated, (torch.int64,), (None,), grads.device)
     if order is not None:
         check_tensor("order", order, (torch.int64,), (K, T, T - 1), grads.device)
+    if counter is not None:
+        if isinstance(counter, torch.Tensor) and counter.numel() != 1:
+            raise ValueError(f"step: expected one element, got shape {list(counter.shape)}")
+        check_tensor("step", counter, (torch.int64,), (None,) * counter.dim(), grads.device)
 
 
 def _check_layout(grads: torch.Tensor, bounds: torch.Tensor) -> None:
@@ -400,7 +411,7 @@ def _check_vaccinate_values(
     task_ids: torch.Tensor | None,
     vaccinated: torch.Tensor | None,
     order: torch.Tensor | None,
-    *_: int,
+    *_: Any,
 ) -> None:
     _check_layout(grads, bounds)
     _check_apart(out=out, ema=ema, grads=grads)
@@ -440,7 +451,20 @@ def check_ids(name: str, ids: Sequence[int]) -> tuple[int, ...]:
 def _ids(name: str, ids: torch.Tensor | Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
     if ids is None or isinstance(ids, torch.Tensor):
         return ids
-    return torch.tensor(check_ids(name, ids), dtype=torch.int64, device=device)
+    listed = check_ids(name, ids)
+    waiting = device.type in ("cuda", "xpu")  # a plain copy to them waits
+    if not waiting or torch.compiler.is_compiling() or type(torch.empty(0)) is not torch.Tensor:
+        return torch.tensor(listed, dtype=torch.int64, device=device)  # a fake one may not outlive its mode
+    if name == "vaccinated" or listed == tuple(range(len(listed))):
+        return _ids_on_device(listed, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{name}: expected a tensor while a CUDA graph is captured, got {ids!r}")
+    return torch.tensor(listed, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+
+
+@functools.cache  # for good: a captured CUDA graph may read them at any time, and a copy would wait for the device
+def _ids_on_device(ids: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
 def _result(grads: torch.Tensor, groups: ParameterGroups) -> torch.Tensor:
@@ -484,10 +508,6 @@ def _vaccinate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     call = Call(*arguments[: len(Call._fields)])
     call.check()
     chosen = backends.choose(call.grads.device, *arguments[len(Call._fields) :])
-    turnable = None
-    if call.vaccinated is not None:
-        ids = torch.arange(len(call.grads), device=call.grads.device) if call.task_ids is None else call.task_ids
-        turnable = (ids[:, None] == call.vaccinated).any(1)
     found = chosen.vaccinate(
         call.grads,
         call.bounds,
@@ -495,10 +515,10 @@ def _vaccinate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         beta=call.beta,
         target=call.target,
         task_ids=call.task_ids,
-        turnable=turnable,
+        vaccinated=call.vaccinated,
         order=call.order,
         seed=call.seed,
-        step=call.step,
+        step=call.step if call.counter is None else call.counter,
         first_group=call.first_group,
         out=call.out,
     )

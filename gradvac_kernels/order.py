@@ -26,14 +26,14 @@ def _fold(state: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def task_order(
-    num_groups: int, num_tasks: int, seed: int, step: int, first_group: int, device: torch.device
+    num_groups: int, num_tasks: int, seed: int, step: int | torch.Tensor, first_group: int, device: torch.device
 ) -> torch.Tensor:
     """``[K, T, T-1]`` int64: for each group and row, the other rows, ranked by their keys (ties by index)."""
     count = torch.arange(max(num_tasks, num_groups) + 1, device=device)
     rows = count[:num_tasks]
     state = torch.tensor(seed, device=device)
     state = _fold(torch.zeros_like(state), state)
-    state = _fold(state, torch.tensor(step, device=device))
+    state = _fold(state, step if isinstance(step, torch.Tensor) else torch.tensor(step, device=device))
     state = _fold(state, count[:num_groups] + first_group)  # [K]
     state = _fold(state[:, None], rows)  # [K, T]
     others = count[: num_tasks - 1].expand(num_tasks, -1)

@@ -26,7 +26,7 @@ def vaccinate(
     vaccinated: Sequence[int] | None = None,
     order: torch.Tensor | None = None,
     seed: int = 0,
-    step: int = 0,
+    step: int | torch.Tensor = 0,
     out: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Vaccination:
@@ -39,7 +39,7 @@ def vaccinate(
     ids = list(range(T)) if call.task_ids is None else call.task_ids.tolist()
     in_vaccinated = [call.vaccinated is None or i in call.vaccinated.tolist() for i in ids]
     if order is None:
-        order = ops.task_order(len(groups), T, seed=seed, step=step, first_group=groups.first)
+        order = ops.task_order(len(groups), T, seed=seed, step=int(step), first_group=groups.first)
     loop = order.tolist()
     limits = precision(grads.dtype)
 

@@ -84,6 +84,8 @@ class TaskGradients:
             found = ", ".join(f"{name}: {dtype} on {device}" for (dtype, device), name in kinds.items())
             raise ValueError(f"model: expected trainable parameters of one dtype on one device, got {found}")
         ((dtype, device),) = kinds
+        if device.type != "cpu":
+            self.groups = ParameterGroups.from_model(model, granularity, align=16 // dtype.itemsize)  # one wide load
         if method is not None and (not callable(method) or isinstance(method, type)):
             raise TypeError(f"method: expected a callable, such as GradVac(), got {method!r}")
         self.method: Method = GradVac() if method is None else method

@@ -26,6 +26,7 @@ def task_gradients(
     dtype: torch.dtype = torch.float32,
     skew: int = 0,
     zero_rows: bool = False,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """[T, P] rows that share a direction, some against it, of very different norms. Padding is NaN.
 
@@ -44,7 +45,7 @@ def task_gradients(
     for begin, end in groups.bounds.tolist():
         inside[begin:end] = True
     values[:, ~inside] = torch.nan
-    buffer = torch.full((num_tasks, P + 2 * skew), torch.nan, dtype=dtype)
+    buffer = torch.full((num_tasks, P + 2 * skew), torch.nan, dtype=dtype, device=device)
     buffer[:, skew : skew + P] = values.to(dtype)
     return buffer[:, skew : skew + P]
 
@@ -97,3 +98,8 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected|, infinite for NaN."""
     error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)
     return float(torch.nan_to_num(error, nan=torch.inf))
+
+
+def rounding(backend: str, dtype: torch.dtype) -> float:
+    """Largest relative error of rounding to ``dtype``; the interpreter of Triton cuts bfloat16 off instead."""
+    return torch.finfo(dtype).eps / (1 if (backend, dtype) == ("triton", torch.bfloat16) else 2)

@@ -1,11 +1,40 @@
-"""Every test runs on every backend and, of the native one, on every variant that this machine has."""
+"""Every test runs on every backend and, of the native one, on every variant that this machine has.
+
+Where there is no GPU, the Triton kernels run in Triton's interpreter, on tensors in host memory. Where there is one,
+tests/test_gpu.py holds them to the oracle there.
+"""
+
+import os
 
 import pytest
 import torch
 
-from gradvac_kernels.backends import available_backends, cpu
+if not (torch.cuda.is_available() or torch.xpu.is_available()):
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are made
 
-BACKENDS = [name for name in available_backends() if name != "cpu"]
+from gradvac_kernels.backends import available_backends, choose, cpu, triton
+
+if triton.why_unavailable() is None and triton.device.INTERPRETED:
+    # The interpreter's time goes by operations, however wide: longer vectors than a GPU takes.
+    from gradvac_kernels.backends.triton import gram_kernels
+
+    _choose_config = gram_kernels.choose_config
+
+    def _wide_config(num_rows, dtype):
+        config = _choose_config(num_rows, dtype)
+        return config if config.kernel == "dot" else config._replace(columns=8 * config.columns)
+
+    gram_kernels.choose_config = _wide_config
+
+
+def _on_the_host(name):
+    try:
+        return choose(torch.device("cpu"), name) is not None
+    except ValueError:
+        return False
+
+
+BACKENDS = [name for name in available_backends() if name != "cpu" and _on_the_host(name)]
 if "cpu" in available_backends():
     BACKENDS += [f"cpu:{variant}" for variant in cpu.instruction_sets()]
 

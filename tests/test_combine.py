@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, inside, task_gradients
+from cases import LAYOUTS, inside, rounding, task_gradients
 
 import gradvac_kernels as gvk
 
@@ -36,7 +36,7 @@ def test_sums(backend, T, dtype, layout):
     # summed in float64 (T roundings of 2^-53 of the magnitude), then rounded once to the type of the result
     tolerance = (
         magnitude(grads, weights, groups) * T * 2.0**-53
-        + exact(grads, weights, groups).abs() * torch.finfo(dtype).eps / 2 * 1.01
+        + exact(grads, weights, groups).abs() * rounding(backend, dtype) * 1.01
     )
     tolerance += torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     difference = (out.double() - exact(grads, weights, groups)).abs()
@@ -54,7 +54,7 @@ def test_any_type_into_any_type(backend, dtype, result):
     error = (out.double() - want).abs()
     # a sum next to the middle of two values of the type may go either way: half a unit, and a little more
     allowed = (
-        want.abs() * torch.finfo(result).eps / 2 * 1.01
+        want.abs() * rounding(backend, result) * 1.01
         + magnitude(grads, weights, groups) * 4 * 2.0**-53
         + torch.finfo(result).tiny
     )

@@ -12,8 +12,9 @@ from gradvac_kernels.backends import cpu
 
 
 def python(code, **environment):
+    plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env=plain | environment, timeout=120
     )
 
 

@@ -347,3 +347,22 @@ def test_targets_for_a_constant_target_are_refused():
 def test_bad_settings(settings, error, message):
     with pytest.raises(error, match=message):
         gvk.GradVac(**settings)
+
+
+def test_capturable_keeps_the_step_in_a_tensor():
+    groups = gvk.ParameterGroups.from_sizes({"a": 40, "b": 70})
+    methods = [gvk.GradVac(beta=0.3, seed=5, capturable=capturable) for capturable in (False, True)]
+    for step in range(4):
+        grads = torch.randn(5, 110, generator=torch.Generator().manual_seed(step))
+        plain, counted = (method(grads, groups) for method in methods)
+        assert torch.equal(plain.weights, counted.weights)
+    tensor = methods[1]._step
+    methods[1](grads, groups)
+    assert methods[1]._step is tensor  # what a captured graph counts on
+    assert methods[1].step == methods[0].step + 1 == 5
+    assert methods[1].state_dict()["step"] == 5
+    fresh = gvk.GradVac(beta=0.3, capturable=True)
+    fresh.load_state_dict(methods[0].state_dict())
+    assert torch.equal(fresh(grads, groups).weights, methods[0](grads, groups).weights)
+    with pytest.raises(TypeError, match="capturable: expected a bool, got 1"):
+        gvk.GradVac(capturable=1)

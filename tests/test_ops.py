@@ -9,7 +9,7 @@ from cases import LAYOUTS, inside, task_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradvac_kernels as gvk
-from gradvac_kernels.backends import cpu
+from gradvac_kernels.backends import cpu, triton
 
 K, T, P = 2, 3, 12
 GROUPS = gvk.ParameterGroups.from_sizes({"a": 5, "b": 7})
@@ -66,6 +66,7 @@ VACCINATIONS = {
     "by id": {"ema": targets(5), "task_ids": torch.tensor([4, 0, 2])},
     "subset": {"vaccinated": torch.tensor([2, 0])},
     "none": {"vaccinated": torch.tensor([], dtype=torch.int64)},
+    "counted": {"counter": torch.tensor(6)},
     "ordered": {"order": gvk.task_order(K, T, seed=1, step=1)},
     "all": {
         "ema": targets(4),
@@ -76,9 +77,9 @@ VACCINATIONS = {
 }
 
 
-def check_vaccinate(dtype, backend, ema=0, target=None, task_ids=None, vaccinated=None, order=None):
+def check_vaccinate(dtype, backend, ema=0, target=None, task_ids=None, vaccinated=None, order=None, counter=None):
     ema = targets() if isinstance(ema, int) else ema
-    arguments = (ema, torch.zeros(P, dtype=dtype), 0.1, target, task_ids, vaccinated, order, 5, 6, 1, backend)
+    arguments = (ema, torch.zeros(P, dtype=dtype), 0.1, target, task_ids, vaccinated, order, 5, 6, counter, 1, backend)
     passes(OPS.vaccinate, random(T, P, dtype=dtype), GROUPS.bounds, *arguments)
 
 
@@ -449,8 +450,12 @@ BAD_VACCINATE = {
     **{
         f"{name} {value!r}": ({name: value}, TypeError, f"{name}: expected an int, got")
         for name in ("seed", "step")
-        for value in (0.0, "1", None, True, torch.tensor(1))
+        for value in (0.0, "1", None, True)
     },
+    "seed on a device": ({"seed": torch.tensor(1)}, TypeError, "seed: expected an int, got"),
+    "step float": ({"step": torch.tensor(1.0)}, TypeError, "step: expected dtype int64, got float32"),
+    "two steps": ({"step": torch.tensor([1, 2])}, ValueError, r"step: expected one element, got shape \[2\]"),
+    "step elsewhere": ({"step": torch.tensor(1, device="meta")}, ValueError, "step: expected device cpu"),
     **{
         f"{name} {value}": ({name: value}, ValueError, f"{name}: expected an int of 64 bits")
         for name in ("seed", "step")
@@ -546,6 +551,7 @@ def test_bad_backend(verb):
 def test_a_missing_backend_is_said_and_passed_over(verb, monkeypatch):
     want = run(verb, "reference")
     monkeypatch.setattr(cpu, "_missing", "the native module is not built")
+    monkeypatch.setattr(triton, "_missing", "no Triton")
     refused_by(
         verb, {"backend": "cpu"}, ValueError, "backend: 'cpu' cannot be used here: the native module is not built"
     )
@@ -568,7 +574,7 @@ def call_op(op, bounds, backend=None):
     if op == "combine":
         OPS.combine(grads, random(len(bounds), T, dtype=torch.float64), bounds, out, backend)
         return out
-    found = OPS.vaccinate(grads, bounds, ema, out, 0.1, None, None, None, None, 0, 0, 0, backend)
+    found = OPS.vaccinate(grads, bounds, ema, out, 0.1, None, None, None, None, 0, 0, None, 0, backend)
     return (*found, out, ema)
 
 

@@ -17,15 +17,18 @@ WIDE = {
 }
 
 
-def check_run(backend, T, layout, dtype, steps, *, vaccinated=None, zero_rows=False, target=None, skew=0):
+def check_run(backend, T, layout, dtype, steps, *, vaccinated=None, zero_rows=False, target=None, skew=0, device="cpu"):
+    if backend == "triton" and device == "cpu":  # the interpreter takes a second for what a kernel does in microseconds
+        steps = min(steps, 8 if T <= 5 else 3 if T <= 8 else 1)
     groups = LAYOUTS[layout]
     expected = oracle_run(T, layout, dtype, steps, vaccinated, zero_rows, target)
-    ema = None if target is not None else torch.zeros(len(groups), T, T, dtype=torch.float64)
+    ema = None if target is not None else torch.zeros(len(groups), T, T, dtype=torch.float64, device=device)
     tolerance = TOLERANCE[dtype]
     turned = 0
     for step in range(steps):
-        grads = task_gradients(T, groups, step=step, dtype=dtype, zero_rows=zero_rows, skew=skew)
-        out = torch.full((groups.numel + 2 * skew,), torch.nan, dtype=WIDE[dtype])[skew : skew + groups.numel]
+        grads = task_gradients(T, groups, step=step, dtype=dtype, zero_rows=zero_rows, skew=skew, device=device)
+        wide = torch.full((groups.numel + 2 * skew,), torch.nan, dtype=WIDE[dtype], device=device)
+        out = wide[skew : skew + groups.numel]
         found = gvk.vaccinate(
             grads,
             groups,
@@ -40,8 +43,9 @@ def check_run(backend, T, layout, dtype, steps, *, vaccinated=None, zero_rows=Fa
         )
         want = expected[step]
         assert found.gradient is out
-        assert relative_error(inside(groups, out), inside(groups, want.gradient)) <= tolerance
-        lengths = torch.stack([grads[:, begin:end].double().norm(dim=1) for begin, end in groups.bounds.tolist()])
+        found = type(found)(*(result.cpu() for result in found))
+        assert relative_error(inside(groups, found.gradient), inside(groups, want.gradient)) <= tolerance
+        lengths = torch.stack([grads[:, begin:end].double().norm(dim=1) for begin, end in groups.bounds.tolist()]).cpu()
         # a weight matters by the length of what it multiplies
         assert ((found.weights - want.weights) * lengths).abs().max() <= tolerance * (
             want.weights * lengths
@@ -49,7 +53,7 @@ def check_run(backend, T, layout, dtype, steps, *, vaccinated=None, zero_rows=Fa
         assert torch.equal(found.similarity.isnan(), want.similarity.isnan())
         assert torch.allclose(found.similarity, want.similarity, rtol=0, atol=tolerance, equal_nan=True)
         if ema is not None:
-            assert (ema - want.ema).abs().max() <= tolerance
+            assert (ema.cpu() - want.ema).abs().max() <= tolerance
         turned += int(found.corrected.sum())
         # a pair may differ only where phi is the target to within the tolerance
         differ = found.corrected != want.corrected
@@ -76,6 +80,8 @@ def test_many_tasks_with_a_subset_vaccinated(backend, T):
 
 @pytest.mark.parametrize("T", [20, 100, 128])
 def test_many_tasks_all_vaccinated(backend, T):
+    if (backend, T) == ("triton", 128):
+        pytest.skip("a minute in the interpreter, for what 100 tasks show")
     assert check_run(backend, T, "one", torch.float32, 2) > 0
 
 
@@ -153,3 +159,15 @@ def test_vector_from_the_literature(backend):
     assert ema[0, 0, 1] == pytest.approx(-0.63089, abs=5e-6)
     fixed = gvk.vaccinate(grads, groups, None, target=0.5, backend=backend)
     assert torch.allclose(fixed.weights, torch.tensor([[2.67583, 1.79381]], dtype=torch.float64), atol=5e-6)
+
+
+def test_a_step_in_a_tensor(backend):
+    groups, T = LAYOUTS["ragged"], 4
+    grads = task_gradients(T, groups)
+    emas = [torch.zeros(len(groups), T, T, dtype=torch.float64) for _ in range(3)]
+    counted = gvk.vaccinate(grads, groups, emas[0], seed=2, step=torch.tensor([1 << 40]), backend=backend)
+    found = gvk.vaccinate(grads, groups, emas[1], seed=2, step=1 << 40, backend=backend)
+    want = gvk.reference.vaccinate(grads, groups, emas[2], seed=2, step=torch.tensor(1 << 40))
+    assert torch.equal(counted.weights, found.weights)
+    assert torch.equal(emas[0], emas[1])
+    assert torch.allclose(found.weights, want.weights, rtol=1e-6)

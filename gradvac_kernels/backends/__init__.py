@@ -6,9 +6,9 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference
+from . import cpu, reference, triton
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # the faster ones first
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}  # the faster ones first
 
 
 def available_backends() -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import torch
 
 from ..numerics import MAX_TARGET, precision
+from ..rows import turnable_rows
 
 try:
     from .. import _cpu
@@ -68,10 +69,10 @@ def vaccinate(
     beta: float,
     target: float | None,
     task_ids: torch.Tensor | None,
-    turnable: torch.Tensor | None,
+    vaccinated: torch.Tensor | None,
     order: torch.Tensor | None,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     first_group: int,
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -82,6 +83,7 @@ def vaccinate(
     corrected = torch.empty(K, T, T, dtype=torch.bool)
     order = None if order is None else order.contiguous()
     task_ids = None if task_ids is None else task_ids.contiguous()
+    turnable = turnable_rows(T, task_ids, vaccinated, grads.device)
     _cpu.vaccinate(
         *_buffer(grads, bounds),
         _pointer(ema),
@@ -94,7 +96,7 @@ def vaccinate(
         _pointer(turnable),
         _pointer(order),
         seed,
-        step,
+        int(step),
         first_group,
         weights.data_ptr(),
         similarity.data_ptr(),

@@ -6,8 +6,12 @@ import torch
 
 from ..numerics import MAX_TARGET, Precision, precision
 from ..order import task_order
+from ..rows import turnable_rows
 
-_COLUMNS = 1 << 12  # columns taken to float64 at a time: little memory, and short chains of additions
+
+def _columns_at_once(grads: torch.Tensor) -> int:
+    """Columns taken to float64 together: little memory; on a GPU more, where every call is a launch."""
+    return 1 << 12 if grads.device.type == "cpu" else max(1 << 12, (1 << 22) // len(grads))
 
 
 def why_unavailable() -> str | None:
@@ -23,18 +27,20 @@ def serves(device: torch.device) -> bool:
 def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """``G[k, i, j] = <g_ik, g_jk>``, [K, T, T] float64."""
     G = grads.new_zeros(len(bounds), len(grads), len(grads), dtype=torch.float64)
+    columns = _columns_at_once(grads)
     for k, (begin, end) in enumerate(bounds.tolist()):
-        for column in range(begin, end, _COLUMNS):
-            block = grads[:, column : min(column + _COLUMNS, end)].double()
+        for column in range(begin, end, columns):
+            block = grads[:, column : min(column + columns, end)].double()
             G[k] += block @ block.T
     return G.tril() + G.tril(-1).mT  # BLAS may round the two halves differently
 
 
 def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:
     """``out[p] = sum_j weights[k(p), j] * grads[j, p]``."""
+    columns = _columns_at_once(grads)
     for k, (begin, end) in enumerate(bounds.tolist()):
-        for column in range(begin, end, _COLUMNS):
-            stop = min(column + _COLUMNS, end)
+        for column in range(begin, end, columns):
+            stop = min(column + columns, end)
             out[column:stop] = weights[k] @ grads[:, column:stop].double()
 
 
@@ -101,10 +107,10 @@ def vaccinate(
     beta: float,
     target: float | None,
     task_ids: torch.Tensor | None,
-    turnable: torch.Tensor | None,
+    vaccinated: torch.Tensor | None,
     order: torch.Tensor | None,
     seed: int,
-    step: int,
+    step: int | torch.Tensor,
     first_group: int,
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,7 +123,7 @@ def vaccinate(
         beta=beta,
         target=target,
         task_ids=task_ids,
-        turnable=turnable,
+        turnable=turnable_rows(len(grads), task_ids, vaccinated, grads.device),
         order=order,
         limits=precision(grads.dtype),
     )

@@ -21,11 +21,13 @@ class GradVac:
         target: a constant similarity target instead of the moving average (0 is PCGrad).
         num_tasks: N. Needed where batches hold some of the tasks only; else it is the rows of the first call.
         seed: chooses the random orders of the inner loop.
+        capturable: keep the step in a tensor beside the gradients, so that every replay of a captured CUDA graph draws
+            a new order. Call once, and load any state, before capture.
 
     Attributes:
         ema: ``[K, N, N]`` float64, the targets by group and ordered pair of tasks; None before the first call and with
             a constant target.
-        step: the number of calls so far.
+        step: the number of calls so far (with ``capturable``, reading it waits for the device).
 
     Raises:
         TypeError, ValueError: an argument is not of the type or range above.
@@ -38,8 +40,11 @@ class GradVac:
         target: float | None = None,
         num_tasks: int | None = None,
         seed: int = 0,
+        capturable: bool = False,
     ) -> None:
         ops.check_settings(beta, target, seed)
+        if not isinstance(capturable, bool):
+            raise TypeError(f"capturable: expected a bool, got {capturable!r}")
         if num_tasks is not None:
             ops.check_int("num_tasks", num_tasks, 1)
         if vaccinated is not None:
@@ -50,8 +55,13 @@ class GradVac:
         self.target = target
         self.num_tasks = num_tasks
         self.seed = seed
-        self.step = 0
+        self.capturable = capturable
+        self._step: int | torch.Tensor = 0
         self.ema: torch.Tensor | None = None
+
+    @property
+    def step(self) -> int:
+        return int(self._step)
 
     def __call__(
         self,
@@ -91,6 +101,7 @@ class GradVac:
             elif len(ema) != len(groups):
                 raise ValueError(f"groups: expected the {len(ema)} groups of the calls before, got {len(groups)}")
             ema = ema.to(grads.device)  # a checkpoint may have been loaded elsewhere
+        step = torch.as_tensor(self._step, device=grads.device) if self.capturable else self._step
         found = ops.vaccinate(
             grads,
             groups,
@@ -100,11 +111,12 @@ class GradVac:
             task_ids=task_ids,
             vaccinated=self.vaccinated,
             seed=self.seed,
-            step=self.step,
+            step=step,
             out=out,
         )
         self.num_tasks, self.ema = num_tasks, ema
-        self.step += 1
+        self._step = step
+        self._step += 1  # a tensor in place: a captured graph counts on
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,4 +158,4 @@ class GradVac:
             ops.check_range("state['num_tasks']: vaccinated", self.vaccinated, num_tasks)
         self.ema = None if ema is None else ema.clone().contiguous()
         self.num_tasks = self.num_tasks if num_tasks is None else num_tasks
-        self.seed, self.step = state["seed"], state["step"]
+        self.seed, self._step = state["seed"], state["step"]

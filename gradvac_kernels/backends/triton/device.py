@@ -1,0 +1,35 @@
+"""Where Triton's programs run, and what they may assume of memory there."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import triton
+
+from .plan import Plan
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""TRITON_INTERPRET=1: kernels run in Python, on tensors in host memory."""
+
+
+def serves(device: torch.device) -> bool:
+    """GPUs; the CPU for the interpreter."""
+    return device.type in ("cuda", "xpu") or (INTERPRETED and device.type == "cpu")
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Launches go to the current device: make it that of the tensors."""
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.get_device_module(device).device(device)
+
+
+def aligned(columns: torch.Tensor, plan: Plan) -> bool:
+    """Every group of every row begins at a multiple of 16 bytes: whole vectors can be loaded and stored."""
+    width = 16 // columns.dtype.itemsize
+    strides = columns.stride()[:-1]
+    return (
+        columns.data_ptr() % 16 == 0 and plan.alignment % width == 0 and all(stride % width == 0 for stride in strides)
+    )

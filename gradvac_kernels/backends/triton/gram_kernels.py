@@ -1,0 +1,390 @@
+"""Gram: dot products of all pairs of rows.
+
+Two launches. The first one goes over the pieces of the groups of more than RUN columns: products are added up in
+float32 over at most RUN columns and in float64 across, into sums of each piece's own [T, T]. The second one adds those
+up, in order; for the shorter groups, whose few columns make gradients nearly parallel, so that every bit counts, it
+computes the products itself, in float64.
+
+The order of all additions is written out, or depends on nothing but the configuration: not on how the rows are aligned,
+which only decides how wide a load is.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import device
+from .plan import RUN, Plan
+
+# ---------------------------------------------------------------------------- few rows: outer products in registers
+
+
+@triton.jit
+def _split(x, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """[LANES, WIDTH] -> its WIDTH columns, the even ones first, and so on within."""
+    if WIDTH == 1:
+        return (tl.reshape(x, [LANES]),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [LANES, WIDTH // 2, 2]))
+        return _split(even, LANES, WIDTH // 2) + _split(odd, LANES, WIDTH // 2)
+
+
+@triton.jit
+def _lanes(p_row, start, end, LANES: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """WIDTH vectors [LANES] of a row; together, lane l of them holds columns start + WIDTH l .. + WIDTH - 1.
+
+    WHOLE: all of them are there, and they may be loaded in one go.
+    """
+    if WHOLE:
+        o_columns = start + tl.arange(0, LANES * WIDTH)
+        b_x = tl.load(p_row + tl.max_contiguous(tl.multiple_of(o_columns, WIDTH), WIDTH)).to(tl.float32)
+        return _split(tl.reshape(b_x, [LANES, WIDTH]), LANES, WIDTH)
+    else:
+        o_columns = start + tl.arange(0, LANES) * WIDTH
+        return _strided(p_row, o_columns, end, WIDTH, 1)
+
+
+@triton.jit
+def _strided(p_row, o_columns, end, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    """What _split gives, from WIDTH loads."""
+    if WIDTH == 1:
+        return (tl.load(p_row + o_columns, mask=o_columns < end, other=0).to(tl.float32),)
+    else:
+        even = _strided(p_row, o_columns, end, WIDTH // 2, 2 * STEP)
+        return even + _strided(p_row, o_columns + STEP, end, WIDTH // 2, 2 * STEP)
+
+
+@triton.jit
+def _add_outer(
+    sums,
+    p_grads,
+    row_stride,
+    start,
+    end,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """sums[i (i + 1) / 2 + j] += rows i and j, j <= i: a chain of WIDTH products a lane, then one addition."""
+    rows = ()
+    for i in tl.static_range(T):
+        rows = rows + (_lanes(p_grads, i * row_stride + start, i * row_stride + end, LANES, WIDTH, WHOLE),)
+    added = ()
+    for i in tl.static_range(T):
+        for j in tl.static_range(i + 1):
+            product = rows[i][0] * rows[j][0]
+            for w in tl.static_range(1, WIDTH):
+                product = tl.fma(rows[i][w], rows[j][w], product)
+            added = added + (sums[i * (i + 1) // 2 + j] + product,)
+    return added
+
+
+@triton.jit(do_not_specialize=["row_stride"])
+def outer(
+    p_grads,
+    row_stride: tl.int64,
+    p_pieces,
+    p_sums,
+    T: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    RUN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """A piece a program of one warp: every lane keeps its own sums of all pairs."""
+    piece = tl.program_id(0).to(tl.int64)
+    begin = tl.load(p_pieces + 2 * piece)
+    end = tl.load(p_pieces + 2 * piece + 1)
+    p_sums += piece * T * T
+    for run in range(begin, end, RUN):
+        stop = tl.minimum(run + RUN, end)
+        sums = ()
+        for _ in tl.static_range(T * (T + 1) // 2):
+            sums = sums + (tl.zeros([LANES], tl.float32),)
+        whole = run + (stop - run) // (LANES * WIDTH) * (LANES * WIDTH)
+        for start in tl.range(run, whole, LANES * WIDTH, num_stages=STAGES):
+            sums = _add_outer(sums, p_grads, row_stride, start, whole, T, LANES, WIDTH, ALIGNED)
+        if whole < stop:
+            sums = _add_outer(sums, p_grads, row_stride, whole, stop, T, LANES, WIDTH, False)
+        for i in tl.static_range(T):
+            for j in tl.static_range(i + 1):
+                total = tl.sum(sums[i * (i + 1) // 2 + j].to(tl.float64), 0)
+                if run > begin:
+                    total += tl.load(p_sums + i * T + j)
+                tl.store(p_sums + i * T + j, total)
+        tl.debug_barrier()  # the next run reads what one thread has written
+
+
+# ------------------------------------------------------------------------------------------- many rows: matrix units
+
+
+@triton.jit
+def _block_pair(pair):
+    """Row and column of a block in the lower triangle of blocks, counted row by row."""
+    row = 0
+    while (row + 1) * (row + 2) // 2 <= pair:
+        row += 1
+    return row, pair - row * (row + 1) // 2
+
+
+@triton.jit
+def _tile(p_grads, row_stride, o_rows, start, end, T, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr):
+    """[ROWS, COLUMNS], zero past the last row and column."""
+    o_columns = start + tl.arange(0, COLUMNS)
+    o_tile = o_rows[:, None] * row_stride + o_columns[None, :]
+    m_rows = (o_rows < T)[:, None]
+    if WHOLE:
+        o_tile = tl.max_contiguous(tl.multiple_of(o_tile, (1, WIDTH)), (1, WIDTH))
+        return tl.load(p_grads + o_tile, mask=m_rows, other=0)
+    else:
+        return tl.load(p_grads + o_tile, mask=m_rows & (o_columns < end)[None, :], other=0)
+
+
+@triton.jit
+def _products(
+    p_grads,
+    row_stride,
+    o_rows,
+    o_others,
+    start,
+    end,
+    T,
+    COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[ROWS, ROWS] sums of products over COLUMNS columns."""
+    b_x = _tile(p_grads, row_stride, o_rows, start, end, T, COLUMNS, WIDTH, WHOLE)
+    if ONE_BLOCK:
+        b_y = b_x
+    else:
+        b_y = _tile(p_grads, row_stride, o_others, start, end, T, COLUMNS, WIDTH, WHOLE)
+    if WIDEN:  # the interpreter multiplies bfloat16 wrongly
+        b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
+    return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["row_stride", "T"])
+def dot(
+    p_grads,
+    row_stride: tl.int64,
+    p_pieces,
+    p_sums,
+    T,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """A piece and a pair of blocks of rows a program.
+
+    Matrix units cut off what they add up instead of rounding it, so they add up no more than COLUMNS columns; CHAIN of
+    such sums are added in float32, and those in float64.
+    """
+    piece = tl.program_id(0).to(tl.int64)
+    block, other = _block_pair(tl.program_id(1))
+    begin = tl.load(p_pieces + 2 * piece)
+    end = tl.load(p_pieces + 2 * piece + 1)
+    o_rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    o_others = (other * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    b_sums = tl.zeros([ROWS, ROWS], tl.float64)
+    whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
+    for start in range(begin, whole, CHAIN * COLUMNS):
+        b_chain = tl.zeros([ROWS, ROWS], tl.float32)
+        for c in tl.static_range(CHAIN):
+            b_products = _products(
+                p_grads, row_stride, o_rows, o_others, start + c * COLUMNS, whole, T, COLUMNS, WIDTH, PRECISION,
+                ALIGNED, ONE_BLOCK, WIDEN,
+            )  # fmt: skip
+            b_chain = tl.fma(b_products, 1.0, b_chain)  # a plain + would be merged into the product
+        b_sums += b_chain.to(tl.float64)
+    for start in range(whole, end, COLUMNS):
+        b_sums += _products(
+            p_grads, row_stride, o_rows, o_others, start, end, T, COLUMNS, WIDTH, PRECISION, False, ONE_BLOCK, WIDEN
+        ).to(tl.float64)
+    p_out = p_sums + piece * T * T + o_rows[:, None] * T + o_others[None, :]
+    tl.store(p_out, b_sums, mask=(o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None])
+
+
+# ------------------------------------------------------------------------------ float64: short groups, and adding up
+
+
+@triton.jit
+def _double_products(p_grads, row_stride, o_rows, o_others, begin, end, T, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS, ROWS] sums of products over columns, in float64."""
+    b_sums = tl.zeros([ROWS, ROWS, LANES], tl.float64)
+    for start in range(begin, end, LANES):
+        o_columns = start + tl.arange(0, LANES)
+        m_columns = (o_columns < end)[None, :]
+        p_x = p_grads + o_rows[:, None] * row_stride + o_columns[None, :]
+        p_y = p_grads + o_others[:, None] * row_stride + o_columns[None, :]
+        b_x = tl.load(p_x, mask=m_columns & (o_rows < T)[:, None], other=0).to(tl.float64)
+        b_y = tl.load(p_y, mask=m_columns & (o_others < T)[:, None], other=0).to(tl.float64)
+        b_sums += b_x[:, None, :] * b_y[None, :, :]
+    return tl.sum(b_sums, 2)
+
+
+@triton.jit(do_not_specialize=["row_stride", "T"])
+def double(
+    p_grads,
+    row_stride: tl.int64,
+    p_pieces,
+    p_sums,
+    T,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A piece and a pair of blocks of rows a program, all in float64."""
+    piece = tl.program_id(0).to(tl.int64)
+    block, other = _block_pair(tl.program_id(1))
+    begin = tl.load(p_pieces + 2 * piece)
+    end = tl.load(p_pieces + 2 * piece + 1)
+    o_rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    o_others = (other * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    b_sums = _double_products(p_grads, row_stride, o_rows, o_others, begin, end, T, ROWS, LANES)
+    p_out = p_sums + piece * T * T + o_rows[:, None] * T + o_others[None, :]
+    tl.store(p_out, b_sums, mask=(o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None])
+
+
+@triton.jit(do_not_specialize=["row_stride", "T"])
+def add_up(
+    p_grads,
+    row_stride: tl.int64,
+    p_bounds,
+    p_first_piece,
+    p_sums,
+    p_G,
+    p_arrived,
+    T,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """A group and a pair of blocks of rows a program: G, from the sums of the pieces or, without any, from the rows."""
+    group = tl.program_id(0).to(tl.int64)
+    block, other = _block_pair(tl.program_id(1))
+    o_rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    o_others = (other * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    first = tl.load(p_first_piece + group)
+    last = tl.load(p_first_piece + group + 1)
+    o_entries = o_rows[:, None] * T + o_others[None, :]
+    m_entries = (o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None]
+    if first < last:
+        b_sums = tl.zeros([ROWS, ROWS, LANES], tl.float64)
+        for start in range(first, last, LANES):
+            o_pieces = start + tl.arange(0, LANES)
+            p_in = p_sums + o_pieces[None, None, :] * T * T + o_entries[:, :, None]
+            b_sums += tl.load(p_in, mask=m_entries[:, :, None] & (o_pieces < last)[None, None, :], other=0)
+        b_G = tl.sum(b_sums, 2)
+    else:
+        begin = tl.load(p_bounds + 2 * group)
+        end = tl.load(p_bounds + 2 * group + 1)
+        b_G = _double_products(p_grads, row_stride, o_rows, o_others, begin, end, T, ROWS, LANES)
+    p_out = p_G + group * T * T
+    tl.store(p_out + o_entries, b_G, mask=m_entries)
+    tl.store(p_out + o_others[None, :] * T + o_rows[:, None], b_G, mask=m_entries)
+    tl.store(p_arrived + group, 0)  # the next launch counts here
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+class Config(NamedTuple):
+    """How the pieces are gone through: ``kernel`` outer, dot or double; ``columns`` at a time, blocks of ``rows``.
+
+    ``chain``, of dot: how many sums of ``columns`` products are added up in float32.
+    """
+
+    kernel: str
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int = 1
+    chain: int = 1
+    registers: int | None = None  # a thread, where the compiler is not to decide
+
+
+MOST_ROWS = 2880  # the pairs of blocks of 8 are the second dimension of a grid, which ends at 65535
+
+
+def width(dtype: torch.dtype) -> int:
+    """Elements of a load of 16 bytes."""
+    return 16 // dtype.itemsize
+
+
+def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
+    """The configuration for T rows: what fits the registers, and reads memory as fast as it comes."""
+    T, size = num_rows, dtype.itemsize
+    if size == 8:
+        return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
+    if T <= (8 if size == 2 else 14):
+        registers = 255 if T > 8 else 128 if size == 4 else 168
+        lanes = 32 * max(1, 8 // triton.next_power_of_2(T))  # few rows: more loads of each under way
+        return Config("outer", T, lanes * width(dtype), num_warps=1, registers=registers)
+    rows = 16 if T <= 16 else 32 if T <= 32 else 64
+    if size == 2:  # half the warps: a thread loads 16 bytes all the same
+        registers = 128 if rows == 32 else None
+        return Config("dot", rows, 16, num_warps=rows // 16, num_stages=3, chain=4, registers=registers)
+    return Config("dot", rows, 16, num_warps={16: 1, 32: 4, 64: 8}[rows], num_stages=3, chain=2)
+
+
+def block_pairs(num_rows: int, rows: int) -> int:
+    """Blocks of the lower triangle."""
+    blocks = -(-num_rows // rows)
+    return blocks * (blocks + 1) // 2
+
+
+def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """G [K, T, T] float64, and [K] zeros for who counts next."""
+    T, dtype = grads.shape[0], grads.dtype
+    if T > MOST_ROWS:
+        raise ValueError(f"grads: expected at most {MOST_ROWS} rows on a GPU, got {T}")
+    config = config or choose_config(T, dtype)
+    K, pieces, row_stride = len(plan.bounds), len(plan.pieces), grads.stride(0)
+    sums = grads.new_empty(pieces, T, T, dtype=torch.float64)
+    G = grads.new_empty(K, T, T, dtype=torch.float64)
+    arrived = grads.new_empty(K, dtype=torch.int32)
+    if pieces:
+        arguments = (grads, row_stride, plan.pieces, sums)
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        if config.registers and not torch.version.hip:
+            options["maxnreg"] = config.registers
+        grid = (pieces, block_pairs(T, config.rows))
+        if config.kernel == "outer":
+            lanes = config.columns // width(dtype)
+            outer[grid](
+                *arguments, T, lanes, width(dtype), device.aligned(grads, plan), RUN, config.num_stages, **options
+            )
+        elif config.kernel == "dot":
+            dot[grid](
+                *arguments,
+                T,
+                config.rows,
+                config.columns,
+                config.chain,
+                width(dtype),
+                "ieee" if dtype.itemsize == 2 or device.INTERPRETED else "bf16x6",
+                device.aligned(grads, plan),
+                grid[1] == 1,
+                device.INTERPRETED,
+                **options,
+            )
+        else:
+            double[grid](*arguments, T, config.rows, config.columns, **options)
+    rows, lanes = (4, 256) if T <= 32 else (8, 128)
+    add_up[(K, block_pairs(T, rows))](
+        grads, row_stride, plan.bounds, plan.first_piece, sums, G, arrived, T, rows, lanes, num_warps=rows
+    )
+    return G, arrived

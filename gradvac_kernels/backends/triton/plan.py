@@ -1,0 +1,73 @@
+"""How the columns of the groups are dealt out to programs: tables, made once for a layout and kept on the device.
+
+Where a group is cut depends on its own columns and the number of rows only, never on the device or on the other groups:
+so do the bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+RUN = 4096  # columns whose products are added up in float32; float64 adds up the runs
+COMBINED = 1024  # columns of the result that a program of combine makes
+
+
+class Plan(NamedTuple):
+    """Tables of int64 on the device, for K groups."""
+
+    bounds: torch.Tensor
+    """[K, 2], first column of each group and the one past its last."""
+    pieces: torch.Tensor
+    """[pieces, 2], the same of each piece of a group of more than RUN columns, in order."""
+    first_piece: torch.Tensor
+    """[K + 1], where the pieces of each group begin in ``pieces``; a shorter group has none."""
+    blocks: torch.Tensor
+    """[blocks, 3], group and columns of what each program of combine makes, from the end of the buffer to its start."""
+    alignment: int
+    """Every group begins at a multiple of this many columns."""
+
+
+@functools.cache  # for good: a captured CUDA graph may read a table at any time
+def make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device) -> Plan:
+    """The plan for groups with these bounds. Copies its tables to the device and waits for them, once a layout."""
+    bounds = list(zip(edges[::2], edges[1::2]))
+    pieces = [_cut(begin, end, piece_columns(end - begin, num_rows)) for begin, end in bounds]
+    blocks = [(k, *block) for k, (begin, end) in enumerate(bounds) for block in _cut(begin, end, COMBINED)]
+
+    def table(rows: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).to(device)
+
+    return Plan(
+        bounds=table(bounds, 2),
+        pieces=table(list(itertools.chain(*pieces)), 2),
+        first_piece=table([(first,) for first in itertools.accumulate(map(len, pieces), initial=0)], 1),
+        blocks=table(blocks[::-1], 3),
+        alignment=math.gcd(*edges[::2]) or COMBINED,
+    )
+
+
+def piece_columns(columns: int, num_rows: int) -> int:
+    """Columns of each piece of a group, 0 for none: short ones where there is little to share out, and never more
+    pieces than are quickly added up.
+
+    A piece leaves T x T sums behind: with many rows it is made longer, so that they stay few beside what was read.
+    """
+    if columns <= RUN:
+        return 0
+    if num_rows <= 16:
+        unit, most = (RUN // 4 if columns <= 64 * RUN else RUN), 2048
+    else:
+        unit, most = 2 * RUN, 1024
+    return unit * -(-columns // (unit * most))
+
+
+def _cut(begin: int, end: int, length: int) -> list[tuple[int, int]]:
+    if length == 0:
+        return []
+    return [(start, min(start + length, end)) for start in range(begin, end, length)]

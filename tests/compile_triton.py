@@ -1,0 +1,175 @@
+"""Compile the launches of the Triton backend for GPUs that are not there, and print what each needs, a JSON line each.
+
+Run without TRITON_INTERPRET. The launchers are called on tensors in host memory, with their kernels replaced by
+recorders: what is compiled is what would have been launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import gradvac_kernels as gvk
+from gradvac_kernels.backends.triton import coefficient_kernels, combine_kernels, gram_kernels
+from gradvac_kernels.backends.triton.plan import make_plan
+from gradvac_kernels.numerics import precision
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel, launches: list) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.kernel, args, options))
+
+
+def record(module, call) -> list:
+    """The launches of ``call`` by ``module``."""
+    launches: list = []
+    kernels = {name: kernel for name, kernel in vars(module).items() if isinstance(kernel, triton.JITFunction)}
+    for name, kernel in kernels.items():
+        setattr(module, name, Recorder(kernel, launches))
+    try:
+        call()
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return launches
+
+
+def compile_launch(kernel, args, options, capability: int):
+    """As Triton would on the first launch, for another device."""
+    options = dict(options)
+    settings = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
+    bound = inspect.signature(kernel.fn).bind(*args, **options).arguments
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = bound[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = parameter.annotation_type or "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
+
+
+def resources(compiled) -> dict:
+    """Registers, bytes of stack and of shared memory, and the instructions that matter."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([_TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", []))
+        )
+    found = {name: int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "loads_16": len(re.findall(r"\bLDG\S*\.128", sass)),  # LDGSTS too: straight to shared memory
+        "stores_16": len(re.findall(r"\bSTG\S*\.128", sass)),
+        "matrix": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
+    }
+
+
+def cases() -> Iterator[tuple[str, list]]:
+    """Every configuration that the launchers choose, with aligned rows; and one without."""
+    groups = gvk.ParameterGroups.from_sizes({"short": 64, "long": 16384}, align=16)
+    edges = tuple(groups.bounds.flatten().tolist())
+
+    def buffer(T, dtype):
+        return torch.zeros(T, groups.numel, dtype=dtype)
+
+    for dtype, numbers in (
+        (torch.float32, (1, 2, 7, 8, 12, 14, 16, 32, 64, 100)),
+        (torch.bfloat16, (2, 8, 16, 32, 64, 100)),
+        (torch.float16, (8, 64)),
+        (torch.float64, (8, 64)),
+    ):
+        for T in numbers:
+            grads, plan = buffer(T, dtype), make_plan(edges, T, torch.device("cpu"))
+            yield f"T={T} {_TYPES[dtype]}", record(gram_kernels, lambda a=(grads, plan): gram_kernels.measure(*a))
+    odd = gvk.ParameterGroups.from_sizes({"short": 3, "long": 16384})
+    for T in (8, 16):
+        grads = buffer(T, torch.float32)[:, : odd.numel]
+        plan = make_plan(tuple(odd.bounds.flatten().tolist()), T, torch.device("cpu"))
+        yield f"T={T} fp32 unaligned", record(gram_kernels, lambda a=(grads, plan): gram_kernels.measure(*a))
+    for T in (1, 2, 8, 100):
+        for dtype, wide in (
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float16),
+            (torch.float64, torch.float64),
+        ):
+            grads, out = buffer(T, dtype), torch.zeros(groups.numel, dtype=wide)
+            plan = make_plan(edges, T, torch.device("cpu"))
+            weights = torch.zeros(len(groups), T, dtype=torch.float64)
+            name = f"T={T} {_TYPES[dtype]} to {_TYPES[wide]}"
+            yield name, record(combine_kernels, lambda a=(grads, weights, plan, out): combine_kernels.combine(*a))
+    ids, order = torch.arange(8), torch.zeros(2, 8, 7, dtype=torch.int64)
+    none = {"task_ids": None, "vaccinated": None, "order": None}
+    for T, given in (
+        (1, {}),
+        (2, {}),
+        (8, {}),
+        (100, {}),
+        (300, {}),
+        (8, {"task_ids": ids, "vaccinated": ids, "order": order}),
+    ):
+        G, arrived = torch.zeros(2, T, T, dtype=torch.float64), torch.zeros(2, dtype=torch.int32)
+        for ema, target, step in ((torch.zeros_like(G), None, torch.zeros((), dtype=torch.int64)), (None, 0.5, 3)):
+            call = functools.partial(
+                coefficient_kernels.coefficients,
+                *(G, arrived, ema),
+                **{**none, **given},
+                **{"beta": 0.01, "target": target, "seed": 0, "step": step, "first_group": 0},
+                limits=precision(torch.float32),
+            )
+            yield f"T={T} {'ema' if target is None else 'target'}", record(coefficient_kernels, call)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kernel", nargs="?", default="", help="only launches whose kernel and case contain this")
+    parser.add_argument("--capability", type=int, nargs="*", default=(80, 90, 100))
+    chosen = parser.parse_args()
+    for name, launches in cases():
+        for kernel, args, options in launches:
+            if chosen.kernel in f"{kernel.fn.__name__} {name}":
+                for capability in chosen.capability:
+                    compiled = compile_launch(kernel, args, options, capability)
+                    line = {"kernel": kernel.fn.__name__, "case": name, "capability": capability}
+                    print(json.dumps({**line, **resources(compiled)}), flush=True)
