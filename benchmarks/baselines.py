@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 import gradvac_kernels as gvk
+from gradvac_kernels.backends import reference
+from gradvac_kernels.numerics import precision
 
 from .cases import Case
 from .contest import Contestant, NotRun
@@ -17,7 +19,7 @@ from .contest import Contestant, NotRun
 BETA = 1e-2
 _BLOCK = 1 << 14  # columns of T = 8 float32 gradients that fit in a core's second-level cache
 _TORCHJD_ERROR = 1e-3  # its Gram and its recurrence are in the type of the gradients
-_TORCHJD_STEPS = 50_000  # of the inner loop: TorchJD takes tens of microseconds for each, about two seconds in all
+_TORCHJD_STEPS = {"cpu": 50_000, "cuda": 10_000}  # of the inner loop: about two seconds a call
 
 
 def tolerance(dtype: torch.dtype, least: float = 1e-4) -> float:
@@ -35,8 +37,13 @@ def plain_sum(case: Case) -> Contestant:
 
 def plain_sum_out(case: Case) -> Contestant:
     """The same into a tensor that is kept."""
-    out = torch.empty(case.P, dtype=case.dtype)
+    out = case.empty(case.P)
     return Contestant(lambda grads: torch.sum(grads, 0, out=out), tolerance(case.dtype), truth=_sum)
+
+
+def _for_the_host(case: Case) -> None:
+    if case.device != "cpu":
+        raise NotRun("made for the caches of a CPU")
 
 
 def _sum(grads: torch.Tensor) -> torch.Tensor:
@@ -55,6 +62,7 @@ def gram_matmul(case: Case) -> Contestant:
 
 def gram_matmul_blocks(case: Case) -> Contestant:
     """``g @ g.T`` a block of columns, which stays in the cache; half precision in float32, as overflow demands."""
+    _for_the_host(case)
     return Contestant(lambda grads: _gram(grads, case), tolerance(case.dtype))
 
 
@@ -69,13 +77,13 @@ def combine_matmul(case: Case) -> Contestant:
 def combine_matmul_out(case: Case) -> Contestant:
     """``w @ g`` a group, each into its range of a tensor that is kept."""
     weights = case.weights().to(case.dtype)
-    out = torch.empty(case.P, dtype=case.dtype)
+    out = case.empty(case.P)
     return Contestant(lambda grads: _combine(grads, weights, case, out), tolerance(case.dtype))
 
 
 def _gram(grads: torch.Tensor, case: Case) -> torch.Tensor:
     wide = torch.promote_types(case.dtype, torch.float32)
-    G = torch.zeros(case.K, case.T, case.T, dtype=wide)
+    G = torch.zeros(case.K, case.T, case.T, dtype=wide, device=case.device)
     for k, (a, b) in enumerate(case.ranges):
         for block in grads[:, a:b].split(_BLOCK, dim=1):
             block = block.to(wide)
@@ -94,8 +102,9 @@ def _combine(grads: torch.Tensor, weights: torch.Tensor, case: Case, out: torch.
 
 def two_pass(case: Case) -> Contestant:
     """The two passes with torch's matmul at its best, and between them Algorithm 1 on the Gram matrices in numpy."""
+    _for_the_host(case)
     ema = np.zeros((case.K, case.T, case.T))
-    out = torch.empty(case.P, dtype=case.dtype)
+    out = case.empty(case.P)
     rng = np.random.default_rng(0)
 
     def run(grads: torch.Tensor, order: np.ndarray | None = None) -> torch.Tensor:
@@ -104,7 +113,7 @@ def two_pass(case: Case) -> Contestant:
         return _combine(grads, torch.from_numpy(weights).to(case.dtype), case, out)
 
     order = gvk.task_order(case.K, case.T, seed=0, step=0).numpy()
-    return Contestant(run, tolerance(case.dtype), check=lambda grads: run(grads, order))
+    return Contestant(run, tolerance(case.dtype), check=lambda grads: run(grads, order), waits=True)
 
 
 def _random_order(case: Case, rng: np.random.Generator) -> np.ndarray:
@@ -132,6 +141,26 @@ def _coefficients(G: np.ndarray, ema: np.ndarray, order: np.ndarray) -> np.ndarr
     return C.sum(1)
 
 
+def two_pass_compiled(case: Case) -> Contestant:
+    """The two passes as batched matmuls of torch, and between them Algorithm 1 on G in torch, all torch.compile'd."""
+    if case.P % case.K:
+        raise NotRun(f"groups of equal sizes only: P = {case.P}, K = {case.K}")
+    ema = case.targets()
+    order = gvk.task_order(case.K, case.T, seed=0, step=0, device=case.device)  # one for all steps: drawing costs more
+    limits = precision(torch.float32)
+
+    @torch.compile(dynamic=False)
+    def step(grads: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        rows = grads.view(case.T, case.K, -1).transpose(0, 1)  # [K, T, P / K]
+        G = (rows @ rows.mT).double()
+        weights, _, _ = reference.coefficients(
+            G, ema, beta=BETA, target=None, task_ids=None, turnable=None, order=order, limits=limits
+        )
+        return (weights.to(case.dtype)[:, None] @ rows).view(-1)
+
+    return Contestant(lambda grads: step(grads, order), tolerance(case.dtype))
+
+
 # ----------------------------------------------------------------------------------------------------------- TorchJD
 
 
@@ -145,7 +174,9 @@ def torchjd(case: Case) -> Contestant:
     def run(grads: torch.Tensor) -> torch.Tensor:
         return torch.cat([aggregate(grads[:, a:b]) for aggregate, (a, b) in zip(aggregators, case.ranges)])
 
-    return Contestant(run, tolerance(case.dtype, _TORCHJD_ERROR), check=lambda grads: _in_our_order(run, grads, case.K))
+    return Contestant(
+        run, tolerance(case.dtype, _TORCHJD_ERROR), check=lambda grads: _in_our_order(run, grads, case.K), waits=True
+    )
 
 
 def torchjd_weighting(case: Case) -> Contestant:
@@ -154,13 +185,15 @@ def torchjd_weighting(case: Case) -> Contestant:
 
     _bearable(case, case.K)
     weightings = [GradVacWeighting(beta=BETA) for _ in case.ranges]
-    out = torch.empty(case.P, dtype=case.dtype)
+    out = case.empty(case.P)
 
     def run(grads: torch.Tensor) -> torch.Tensor:
         weights = [weigh(G) for weigh, G in zip(weightings, _gram(grads, case))]
         return _combine(grads, torch.stack(weights).to(case.dtype), case, out)
 
-    return Contestant(run, tolerance(case.dtype, _TORCHJD_ERROR), check=lambda grads: _in_our_order(run, grads, case.K))
+    return Contestant(
+        run, tolerance(case.dtype, _TORCHJD_ERROR), check=lambda grads: _in_our_order(run, grads, case.K), waits=True
+    )
 
 
 def torchjd_whole(case: Case) -> Contestant:
@@ -179,13 +212,15 @@ def torchjd_whole(case: Case) -> Contestant:
         tolerance(case.dtype, _TORCHJD_ERROR),
         truth=truth,
         check=lambda grads: _in_our_order(aggregate, grads, 1),
+        waits=True,
     )
 
 
 def _bearable(case: Case, groups: int) -> None:
     steps = groups * case.T * (case.T - 1)
-    if steps > _TORCHJD_STEPS:
-        raise NotRun(f"takes too long: {steps} steps of its inner loop, limit {_TORCHJD_STEPS}")
+    limit = _TORCHJD_STEPS[torch.device(case.device).type]
+    if steps > limit:
+        raise NotRun(f"takes too long: {steps} steps of its inner loop, limit {limit}")
 
 
 def _in_our_order(run: Callable[[torch.Tensor], torch.Tensor], grads: torch.Tensor, groups: int) -> torch.Tensor:
@@ -204,6 +239,6 @@ def _order_of_torchjd(order: torch.Tensor) -> Iterator[None]:
 
 def exact(grads: torch.Tensor, groups: gvk.ParameterGroups) -> torch.Tensor:
     """The vaccinated gradient of a first step, targets at zero, by the plain PyTorch backend: it sums in float64."""
-    ema = torch.zeros(len(groups), len(grads), len(grads), dtype=torch.float64)
-    out = torch.empty(groups.numel, dtype=torch.float64)
+    ema = torch.zeros(len(groups), len(grads), len(grads), dtype=torch.float64, device=grads.device)
+    out = torch.empty(groups.numel, dtype=torch.float64, device=grads.device)
     return gvk.vaccinate(grads, groups, ema, beta=BETA, out=out, backend="reference").gradient

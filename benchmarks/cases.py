@@ -13,12 +13,13 @@ import gradvac_kernels as gvk
 
 @dataclass(frozen=True)
 class Case:
-    """T task gradients of P columns, in K groups of equal size (as equal as P allows)."""
+    """T task gradients of P columns, in K groups of about equal size, which begin at multiples of 8 columns."""
 
     T: int
     P: int
     K: int
     dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"T{self.T}-P{short(self.P)}-K{self.K}-{self.dtype_name}"
@@ -34,7 +35,7 @@ class Case:
 
     @cached_property
     def groups(self) -> gvk.ParameterGroups:
-        edges = [k * self.P // self.K for k in range(self.K + 1)]
+        edges = [k * self.P // self.K // 8 * 8 for k in range(self.K)] + [self.P]
         return gvk.ParameterGroups.from_sizes(
             {f"group.{k}": b - a for k, (a, b) in enumerate(itertools.pairwise(edges))}
         )
@@ -49,16 +50,25 @@ class Case:
 
         Targets start at zero and then follow the cosines, so at every step about half of the pairs get turned.
         """
-        generator = torch.Generator().manual_seed(seed)
-        grads = torch.empty(self.T, self.P, dtype=self.dtype).normal_(generator=generator)
-        direction = torch.empty(self.P, dtype=self.dtype).normal_(generator=generator)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        grads = self.empty(self.T, self.P).normal_(generator=generator)
+        direction = self.empty(self.P).normal_(generator=generator)
         for i, row in enumerate(grads):
             row.add_(direction, alpha=(-1) ** i)
         return grads
 
+    def empty(self, *sizes: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Memory on the case's device, of the type of its gradients unless said otherwise."""
+        return torch.empty(*sizes, dtype=dtype or self.dtype, device=self.device)
+
     def weights(self) -> torch.Tensor:
         """Some weights [K, T] to combine with."""
-        return torch.rand(self.K, self.T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        return torch.rand(self.K, self.T, dtype=torch.float64, generator=generator).to(self.device)
+
+    def targets(self) -> torch.Tensor:
+        """Similarity targets [K, T, T] to start with."""
+        return torch.zeros(self.K, self.T, self.T, dtype=torch.float64, device=self.device)
 
 
 GRID = (
@@ -84,6 +94,15 @@ FULL_GRID = tuple(
     )
 )
 """With ``--full``."""
+
+GPU_GRID = (
+    *(Case(T, 100_000_000, 12, dtype, "cuda") for dtype in (torch.float32, torch.bfloat16) for T in (2, 4, 8, 16)),
+    Case(64, 100_000_000, 12, torch.bfloat16, "cuda"),
+    Case(8, 100_000_000, 100, torch.float32, "cuda"),
+    Case(8, 1_000_000, 100, torch.float32, "cuda"),
+    Case(32, 10_000_000, 12, torch.float32, "cuda"),
+)
+"""With ``--device cuda``."""
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,36 @@ class Probe:
     amount: float
     """Bytes or multiply-adds of one run."""
 
+    def run_on(self, _: torch.Tensor) -> object:
+        """As an implementation is run; the gradients are none of its business."""
+        return self.run()
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
+
+def last_level_cache(device: str = "cpu") -> int:
+    """Bytes of the largest cache of the first core, or of the GPU."""
+    if device != "cpu":
+        return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
     return max((int(size.removesuffix("K")) << 10 for size in sizes), default=64 << 20)
 
 
-def probes() -> list[Probe]:
+def gpu_probes() -> list[Probe]:
+    """Memory and matrix units of the GPU: a copy counts what it reads and what it writes."""
+    x, y = (torch.ones(1 << 29, device="cuda") for _ in range(2))
+    sides = 4 * _SIDE
+    a, b = (torch.randn(sides, sides, device="cuda").bfloat16() for _ in range(2))
+    return [
+        Probe(STREAMING_READ, "copy", lambda: y.copy_(x), 2.0 * x.nbytes),
+        Probe(STREAMING_READ, "torch sum", x.sum, float(x.nbytes)),
+        Probe(STREAMING_READ, "torch max", x.max, float(x.nbytes)),
+        Probe(MULTIPLY_ADDS, "torch bfloat16 matmul", lambda: a @ b, float(sides**3)),
+    ]
+
+
+def probes(device: str) -> list[Probe]:
     """Every probe of both ceilings that can be run here, on memory several times the size of the caches."""
+    if device != "cpu":
+        return gpu_probes()
     threads = torch.get_num_threads()
     rows = 256
     x = torch.ones(rows, max(256 << 20, 4 * last_level_cache()) // (4 * rows))

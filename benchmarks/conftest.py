@@ -21,6 +21,7 @@ _ROWS = pytest.StashKey[list[dict[str, Any]]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     options = parser.getgroup("gradvac_kernels")
     options.addoption("--full", action="store_true", help="the large grid of cases (takes hours)")
+    options.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where the gradients are")
     options.addoption("--results", type=Path, metavar="JSON", help="write the results, for python -m benchmarks.report")
 
 
@@ -31,16 +32,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    op = metafunc.module.OPERATOR
-    cases = op.full_grid if metafunc.config.getoption("full") else op.grid
-    metafunc.parametrize("implementation", list(op.implementations))
+    op, device = metafunc.module.OPERATOR, metafunc.config.getoption("device")
+    cases = op.cases(device, metafunc.config.getoption("full"))
+    metafunc.parametrize("implementation", list(op.implementations(device)))
     # Of the scope of the fixture: pytest then runs the tests of a case one after another, on one contest.
     metafunc.parametrize("contest", cases, ids=str, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="session")
-def ceiling_probes() -> list[Probe]:
-    return probes()
+def ceiling_probes(request: pytest.FixtureRequest) -> list[Probe]:
+    return probes(request.config.getoption("device"))
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,11 @@ def record(benchmark: BenchmarkFixture, ceiling_probes: list[Probe], request: py
     """Hands one implementation's times to pytest-benchmark, and returns them as a row of the results."""
 
     def hand_over(contest: Contest, name: str) -> dict[str, Any]:
-        if name in contest.wrong:  # no time for a wrong result; ours has to be right, a peer may drop out
-            (pytest.fail if name in backends() else pytest.skip)(contest.wrong[name])
+        def refuse() -> None:
+            if name in contest.wrong:  # no time for a wrong result; ours has to be right, a peer may drop out
+                (pytest.fail if name in backends(contest.case.device) else pytest.skip)(contest.wrong[name])
+
+        refuse()
         benchmark.name = f"{contest.op.name}[{name}-{contest.case}]"
         benchmark.group = f"{contest.op.name} {contest.case}"
         if benchmark.disabled:  # --benchmark-disable: the results were checked, and that was all
@@ -65,6 +69,7 @@ def record(benchmark: BenchmarkFixture, ceiling_probes: list[Probe], request: py
             return {}
         if not contest.seconds:
             contest.measure(ceiling_probes)
+        refuse()
         replay(benchmark, contest.seconds[name])
         row = contest.row(name)
         benchmark.extra_info = row
@@ -78,7 +83,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     rows = config.stash[_ROWS]
     if not rows:
         return
-    results = report.collect(rows)
+    results = report.collect(rows, config.getoption("device"))
     terminalreporter.section("gradvac_kernels: time of each implementation / ours")
     terminalreporter.write_line(report.markdown(results))
     path = config.getoption("results")
@@ -87,4 +92,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
         path.write_text(report.dump(results))
         terminalreporter.write_line(f"written: {path}")
     elif path is not None:
-        terminalreporter.write_line(f"not written, because tests failed: {path}", red=True)
+        partial = path.with_suffix(".json.partial")
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(report.dump(results))
+        terminalreporter.write_line(f"not complete, or tests failed: written to {partial}", red=True)

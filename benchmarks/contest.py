@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -17,11 +15,12 @@ import gradvac_kernels as gvk
 
 from .cases import Case, work
 from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
+from .stopwatch import Stopwatch, stopwatch
 
-SECONDS = 1.0  # timed for each implementation of a case
+SECONDS = {"cpu": 1.0, "cuda": 0.3}  # timed for each implementation of a case
 PROBE_SECONDS = 0.2  # and for each probe of a ceiling
 MAX_ROUNDS = 200
-MAX_BYTES = 3 << 30  # of all input buffers of a case
+MAX_BYTES = {"cpu": 3 << 30, "cuda": 30 << 30}  # of all input buffers of a case
 
 
 class NotRun(Exception):
@@ -40,6 +39,8 @@ class Contestant:
     """Where it computes something else than the operator."""
     check: Callable[[torch.Tensor], torch.Tensor] | None = None
     """``run`` in the truth's order of the inner loop, where it draws one of its own."""
+    waits: bool = False
+    """The host reads results of the device on the way: a CUDA graph cannot hold it."""
 
 
 Builder = Callable[[Case], Contestant]
@@ -53,15 +54,27 @@ class Operator:
 
     name: str
     truth: Callable[[Case, torch.Tensor], torch.Tensor]
-    implementations: Mapping[str, Builder]
+    ours: Callable[[str], Builder]
+    peers: Mapping[str, Builder]
     grid: tuple[Case, ...]
     full_grid: tuple[Case, ...]
+    gpu_grid: tuple[Case, ...]
+
+    def cases(self, device: str, full: bool) -> tuple[Case, ...]:
+        """What is measured there."""
+        return self.gpu_grid if device != "cpu" else self.full_grid if full else self.grid
+
+    def implementations(self, device: str) -> dict[str, Builder]:
+        """Our backends that serve the device, and the peers."""
+        ours = [name for name in backends(device) if device == "cpu" or name != "reference"]  # there it is the truth
+        return {**{backend: self.ours(backend) for backend in ours}, **self.peers}
 
 
 @dataclass
 class _Turns:
-    run: Callable[[torch.Tensor], object]
+    watch: Stopwatch
     budget: float
+    calls: int = 1  # that a turn of the watch takes
     seconds: list[float] = field(default_factory=list)
     spent: float = 0.0
 
@@ -88,13 +101,15 @@ class Contest:
         self.seconds: dict[str, list[float]] = {}
         self.ceilings: dict[str, tuple[float, str]] = {}
         # Together more than three times the last-level cache: what is read has left the cache since it was read last.
-        count = max(2, math.ceil(3 * last_level_cache() / case.nbytes))
-        self._buffers = [case.buffer(seed) for seed in range(max(1, min(count, MAX_BYTES // case.nbytes)))]
+        count = max(2, math.ceil(3 * last_level_cache(case.device) / case.nbytes))
+        most = MAX_BYTES[torch.device(case.device).type] // case.nbytes
+        self._buffers = [case.buffer(seed) for seed in range(max(1, min(count, most)))]
         self._contestants: dict[str, Contestant] = {}
         truth = op.truth(case, self._buffers[0])
+        implementations = op.implementations(case.device)
         for name in names:
             try:
-                self._contestants[name] = self._checked(op.implementations[name](case), truth)
+                self._contestants[name] = self._checked(implementations[name](case), truth)
             except Exception as error:
                 self.wrong[name] = str(error) if isinstance(error, NotRun) else f"{type(error).__name__}: {error}"
 
@@ -109,9 +124,16 @@ class Contest:
 
     def measure(self, probes: list[Probe]) -> None:
         """Time the implementations and both ceilings in turns: all of them see the machine in the same state."""
-        turns = {name: _Turns(contestant.run, SECONDS) for name, contestant in self._contestants.items()}
-        bounds = [_Turns(lambda _, probe=probe: probe.run(), PROBE_SECONDS) for probe in probes]  # type: ignore[misc]
-        _take_turns([*turns.values(), *bounds], itertools.cycle(self._buffers))
+        device, buffers = self.case.device, self._buffers
+        turns = {}
+        for name, contestant in self._contestants.items():
+            try:
+                watch, calls = stopwatch(device, contestant.run, buffers, contestant.waits)
+                turns[name] = _Turns(watch, SECONDS[torch.device(device).type], calls)
+            except Exception as error:  # a peer that cannot be captured does not take the others with it
+                self.wrong[name] = f"{type(error).__name__}: {error}"
+        bounds = [_Turns(stopwatch(device, probe.run_on, buffers[:1], False)[0], PROBE_SECONDS) for probe in probes]
+        _take_turns([*turns.values(), *bounds])
         self.seconds = {name: entry.seconds for name, entry in turns.items()}
         for ceiling in (STREAMING_READ, MULTIPLY_ADDS):
             self.ceilings[ceiling] = max(
@@ -135,6 +157,7 @@ class Contest:
             "P": case.P,
             "K": case.K,
             "dtype": case.dtype_name,
+            "device": case.device,
             "median_s": median,
             "p20_s": p20,
             "p80_s": p80,
@@ -150,31 +173,25 @@ class Contest:
         }
 
 
-def _take_turns(entries: list[_Turns], buffers: Iterator[torch.Tensor]) -> None:
-    for entry in entries:
-        entry.run(next(buffers))
+def _take_turns(entries: list[_Turns]) -> None:
     collecting = gc.isenabled()
     gc.disable()
     try:
         while due := [entry for entry in entries if entry.due]:
             entry = min(due, key=lambda entry: entry.spent / entry.budget)
-            grads = next(buffers)
-            start = perf_counter()
-            result = entry.run(grads)
-            entry.seconds.append(perf_counter() - start)
-            entry.spent += entry.seconds[-1]
-            del result  # giving memory back is not timed
+            entry.seconds.append(entry.watch())
+            entry.spent += entry.seconds[-1] * entry.calls
     finally:
         if collecting:
             gc.enable()
 
 
-def backends() -> tuple[str, ...]:
-    """Our backends that serve tensors on the CPU, the fastest one first."""
+def backends(device: str = "cpu") -> tuple[str, ...]:
+    """Our backends that serve tensors on the device, the fastest one first."""
 
     def serves(name: str) -> bool:
         try:
-            gvk.gram(torch.ones(1, 1), gvk.ParameterGroups.from_sizes({"one": 1}), backend=name)
+            gvk.gram(torch.ones(1, 1, device=device), gvk.ParameterGroups.from_sizes({"one": 1}), backend=name)
         except ValueError:
             return False
         return True

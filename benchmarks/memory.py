@@ -31,7 +31,7 @@ def peak_memory(implementation: str, case: Case) -> int | None:
 def _measure(implementation: str, case: Case) -> int:
     from .test_vaccinate import OPERATOR
 
-    build = OPERATOR.implementations[implementation]
+    build = OPERATOR.implementations("cpu")[implementation]
     small = Case(case.T, 1000 * case.K, case.K, case.dtype)
     build(small).run(small.buffer(0))  # loads the libraries and starts the threads, once a process
     contestant, grads = build(case), case.buffer(0)

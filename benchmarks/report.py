@@ -25,18 +25,20 @@ _ROOT = Path(__file__).parent.parent
 _CEILINGS = ("streaming_read_bytes_per_s", "multiply_adds_per_s")
 
 
-def collect(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def collect(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
     """The rows of a run with all that is needed to read them: machine, versions, commit and ceilings."""
     facts = env.report()
     return {
-        "machine": {name: facts[name] for name in ("cpu", "instruction set") if name in facts},
+        "machine": {
+            name: facts[name] for name in (("cpu", "instruction set") if device == "cpu" else ("gpu",)) if name in facts
+        },
         "threads": torch.get_num_threads(),
         "versions": {
-            **{name: facts[name] for name in ("gradvac_kernels", "python", "torch")},
+            **{name: facts[name] for name in ("gradvac_kernels", "python", "torch", "triton")},
             "torchjd": _version("torchjd"),
         },
         "commit": _commit(),
-        "ours": backends(),
+        "ours": backends(device),
         "ceilings": {name: statistics.median(row[name] for row in rows) for name in _CEILINGS},
         "rows": rows,
     }

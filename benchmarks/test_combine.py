@@ -8,14 +8,14 @@ import torch
 import gradvac_kernels as gvk
 
 from . import baselines
-from .cases import FULL_GRID, GRID, Case
-from .contest import Builder, Contest, Contestant, Operator, Record, backends
+from .cases import FULL_GRID, GPU_GRID, GRID, Case
+from .contest import Builder, Contest, Contestant, Operator, Record
 from .replay import clock
 
 
 def _ours(backend: str) -> Builder:
     def build(case: Case) -> Contestant:
-        weights, out = case.weights(), torch.empty(case.P, dtype=case.dtype)
+        weights, out = case.weights(), case.empty(case.P)
         return Contestant(
             lambda grads: gvk.combine(grads, weights, case.groups, out=out, backend=backend),
             baselines.tolerance(case.dtype, least=1e-6),
@@ -25,15 +25,15 @@ def _ours(backend: str) -> Builder:
 
 
 def _truth(case: Case, grads: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(case.P, dtype=torch.float64)
+    out = case.empty(case.P, dtype=torch.float64)
     return gvk.combine(grads, case.weights(), case.groups, out=out, backend="reference")
 
 
 OPERATOR = Operator(
     "combine",
     _truth,
+    _ours,
     {
-        **{backend: _ours(backend) for backend in backends()},
         "torch-sum": baselines.plain_sum,
         "torch-sum-out": baselines.plain_sum_out,
         "torch-matmul": baselines.combine_matmul,
@@ -41,6 +41,7 @@ OPERATOR = Operator(
     },
     grid=GRID,
     full_grid=FULL_GRID,
+    gpu_grid=GPU_GRID,
 )
 
 

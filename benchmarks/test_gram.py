@@ -8,8 +8,8 @@ import torch
 import gradvac_kernels as gvk
 
 from . import baselines
-from .cases import FULL_GRID, GRID, Case
-from .contest import Builder, Contest, Contestant, Operator, Record, backends
+from .cases import FULL_GRID, GPU_GRID, GRID, Case
+from .contest import Builder, Contest, Contestant, Operator, Record
 from .replay import clock
 
 
@@ -27,14 +27,15 @@ def _truth(case: Case, grads: torch.Tensor) -> torch.Tensor:
 OPERATOR = Operator(
     "gram",
     _truth,
+    _ours,
     {
-        **{backend: _ours(backend) for backend in backends()},
         "torch-sum": baselines.plain_sum,
         "torch-matmul": baselines.gram_matmul,
         "torch-matmul-blocks": baselines.gram_matmul_blocks,
     },
     grid=(Case(2, 10_000_000, 12), Case(4, 10_000_000, 12), *GRID),
     full_grid=FULL_GRID,
+    gpu_grid=GPU_GRID,
 )
 
 

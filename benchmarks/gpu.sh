@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# All that takes a GPU, in one call: build, parity tests, compute-sanitizer, benchmarks. Logs and JSON go to OUT.
+#
+#   benchmarks/gpu.sh OUT          PYTHON=... chooses the Python (python3), which needs torch, triton, pytest and
+#                                  pytest-benchmark; nothing is downloaded.
+set -u
+out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT}" && cd "$1" && pwd)
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
+failed=()
+
+stage() { # stage NAME SECONDS COMMAND...: the log goes to OUT/NAME.log
+  local name=$1 limit=$2 start=$SECONDS
+  shift 2
+  timeout --signal INT --kill-after 10 "$limit" "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  echo "$name: exit $status after $((SECONDS - start)) s"
+  if [ $status -ne 0 ]; then
+    failed+=("$name")
+    tail -n 25 "$out/$name.log"
+  fi
+}
+
+# Together less than ten minutes. What is interrupted still writes what it has.
+stage gpu 20 nvidia-smi
+stage build 60 "$python" setup.py build_ext --inplace
+stage environment 30 "$python" -m gradvac_kernels.env
+cat "$out/environment.log"
+stage tests 150 "$python" -m pytest tests/test_gpu.py -q -s -p no:cacheprovider
+grep -E "error of the Gram|passed|failed" "$out/tests.log"
+stage benchmarks 240 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
+  -p no:cacheprovider
+grep -A 200 "time of each implementation" "$out/benchmarks.log"
+# A subset: the sanitizer is some hundred times slower. Every tensor its own allocation, so that it sees their ends.
+if command -v compute-sanitizer >/dev/null; then
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 60 compute-sanitizer --error-exitcode 9 --report-api-errors no \
+    "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider -m small
+  tail -n 3 "$out/sanitizer.log"
+else
+  echo "sanitizer: not run, compute-sanitizer is not on the PATH"
+fi
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
