@@ -145,6 +145,8 @@ def two_pass_compiled(case: Case) -> Contestant:
     """The two passes as batched matmuls of torch, and between them Algorithm 1 on G in torch, all torch.compile'd."""
     if case.P % case.K:
         raise NotRun(f"groups of equal sizes only: P = {case.P}, K = {case.K}")
+    if case.T > 16:
+        raise NotRun(f"compiling the loop over {case.T} tasks takes minutes")
     ema = case.targets()
     order = gvk.task_order(case.K, case.T, seed=0, step=0, device=case.device)  # one for all steps: drawing costs more
     limits = precision(torch.float32)
