@@ -23,19 +23,25 @@ stage() { # stage NAME SECONDS COMMAND...: the log goes to OUT/NAME.log
   fi
 }
 
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  echo "no GPU that torch of $python can use"
+  exit 1
+fi
 # Together less than ten minutes. What is interrupted still writes what it has.
 stage gpu 20 nvidia-smi
 stage build 60 "$python" setup.py build_ext --inplace
 stage environment 30 "$python" -m gradvac_kernels.env
 cat "$out/environment.log"
-stage tests 150 "$python" -m pytest tests/test_gpu.py -q -s -p no:cacheprovider
-grep -E "error of the Gram|passed|failed" "$out/tests.log"
-stage benchmarks 240 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
+workers=() # most of the tests' time is compiling
+"$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
+stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
+grep -E "^error of the Gram|passed|failed" "$out/tests.log"
+stage benchmarks 220 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
   -p no:cacheprovider
 grep -A 200 "time of each implementation" "$out/benchmarks.log"
 # A subset: the sanitizer is some hundred times slower. Every tensor its own allocation, so that it sees their ends.
 if command -v compute-sanitizer >/dev/null; then
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 60 compute-sanitizer --error-exitcode 9 --report-api-errors no \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 70 compute-sanitizer --error-exitcode 9 --report-api-errors no \
     "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider -m small
   tail -n 3 "$out/sanitizer.log"
 else

@@ -47,6 +47,7 @@ def _on_the_host(
 
 def _replayed(run: Callable[[torch.Tensor], object], buffers: list[torch.Tensor]) -> Stopwatch:
     side = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(side):
         for _ in range(3):
             run(buffers[0])
