@@ -53,7 +53,7 @@ def test_it_is_what_is_chosen():
 
 @pytest.mark.parametrize("layout", ["one", "ragged", "aligned", "long"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T", [1, 2, 5, 8, 14, 15, 16, 17, 33])
+@pytest.mark.parametrize("T", [1, 2, 5, 8, 13, 14, 16, 17, 33])
 def test_parity_with_the_oracle(T, dtype, layout):
     steps = 2 if layout == "long" or T > 16 else 5
     assert (check_run("triton", T, layout, dtype, steps, device=GPU) > 0) == (T > 1)
@@ -90,7 +90,7 @@ def test_parity_with_zero_rows_and_constant_targets():
 
 @pytest.mark.parametrize(("power", "bound"), [(1, 1e-7), (3, 2e-7)], ids=["normal", "heavy tails"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("T", [2, 3, 8, 9, 14, 16, 24, 32, 48, 64, 100, 128])
+@pytest.mark.parametrize("T", [2, 3, 8, 9, 13, 16, 24, 32, 48, 64, 100, 128])
 def test_error_of_the_gram(T, dtype, power, bound):
     """|G - exact| <= 1e-7 |g_i||g_j|, on a group of many runs and one of a few.
 

@@ -71,7 +71,7 @@ def add_weighted(
     p_weights += group * T
     o_columns = begin + tl.arange(0, COLUMNS)
     m_columns = o_columns < end
-    if ALIGNED and begin + COLUMNS <= end:
+    if ALIGNED and (begin + COLUMNS <= end and begin % max(WIDTH, OUT_WIDTH) == 0):
         b_sum = _sum_rows(p_grads, row_stride, p_weights, o_columns, m_columns, T, AT_ONCE, COLUMNS, WIDTH, True)
         o_columns = tl.max_contiguous(tl.multiple_of(o_columns, OUT_WIDTH), OUT_WIDTH)
         tl.store(p_out + o_columns, _narrow(b_sum, p_out.dtype.element_ty))
@@ -96,6 +96,6 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, plan: Plan, out: torch.T
         COLUMNS=COMBINED,
         WIDTH=16 // grads.dtype.itemsize,
         OUT_WIDTH=16 // out.dtype.itemsize,
-        ALIGNED=device.aligned(grads, plan) and device.aligned(out, plan),
+        ALIGNED=device.aligned(grads) and device.aligned(out),
         num_warps=4,
     )

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager
 import torch
 import triton
 
-from .plan import Plan
-
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """TRITON_INTERPRET=1: kernels run in Python, on tensors in host memory."""
 
@@ -26,10 +24,7 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     return torch.get_device_module(device).device(device)
 
 
-def aligned(columns: torch.Tensor, plan: Plan) -> bool:
-    """Every group of every row begins at a multiple of 16 bytes: whole vectors can be loaded and stored."""
+def aligned(columns: torch.Tensor) -> bool:
+    """Every row begins at a multiple of 16 bytes: whole vectors can be loaded where a group does."""
     width = 16 // columns.dtype.itemsize
-    strides = columns.stride()[:-1]
-    return (
-        columns.data_ptr() % 16 == 0 and plan.alignment % width == 0 and all(stride % width == 0 for stride in strides)
-    )
+    return columns.data_ptr() % 16 == 0 and all(stride % width == 0 for stride in columns.stride()[:-1])

@@ -108,8 +108,12 @@ def outer(
         for _ in tl.static_range(T * (T + 1) // 2):
             sums = sums + (tl.zeros([LANES], tl.float32),)
         whole = run + (stop - run) // (LANES * WIDTH) * (LANES * WIDTH)
-        for start in tl.range(run, whole, LANES * WIDTH, num_stages=STAGES):
-            sums = _add_outer(sums, p_grads, row_stride, start, whole, T, LANES, WIDTH, ALIGNED)
+        if ALIGNED and begin % WIDTH == 0:
+            for start in tl.range(run, whole, LANES * WIDTH, num_stages=STAGES):
+                sums = _add_outer(sums, p_grads, row_stride, start, whole, T, LANES, WIDTH, True)
+        else:
+            for start in range(run, whole, LANES * WIDTH):
+                sums = _add_outer(sums, p_grads, row_stride, start, whole, T, LANES, WIDTH, False)
         if whole < stop:
             sums = _add_outer(sums, p_grads, row_stride, whole, stop, T, LANES, WIDTH, False)
         for i in tl.static_range(T):
@@ -173,6 +177,35 @@ def _products(
     return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
 
 
+@triton.jit
+def _chain(
+    p_grads,
+    row_stride,
+    o_rows,
+    o_others,
+    start,
+    T,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """[ROWS, ROWS] sums of products over CHAIN x COLUMNS columns, all of them there."""
+    end = start + CHAIN * COLUMNS
+    b_chain = tl.zeros([ROWS, ROWS], tl.float32)
+    for c in tl.static_range(CHAIN):
+        b_products = _products(
+            p_grads, row_stride, o_rows, o_others, start + c * COLUMNS, end, T, COLUMNS, WIDTH, PRECISION, WHOLE,
+            ONE_BLOCK, WIDEN,
+        )  # fmt: skip
+        b_chain = tl.fma(b_products, 1.0, b_chain)  # a plain + would be merged into the product
+    return b_chain.to(tl.float64)
+
+
 @triton.jit(do_not_specialize=["row_stride", "T"])
 def dot(
     p_grads,
@@ -203,14 +236,10 @@ def dot(
     b_sums = tl.zeros([ROWS, ROWS], tl.float64)
     whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
     for start in range(begin, whole, CHAIN * COLUMNS):
-        b_chain = tl.zeros([ROWS, ROWS], tl.float32)
-        for c in tl.static_range(CHAIN):
-            b_products = _products(
-                p_grads, row_stride, o_rows, o_others, start + c * COLUMNS, whole, T, COLUMNS, WIDTH, PRECISION,
-                ALIGNED, ONE_BLOCK, WIDEN,
-            )  # fmt: skip
-            b_chain = tl.fma(b_products, 1.0, b_chain)  # a plain + would be merged into the product
-        b_sums += b_chain.to(tl.float64)
+        b_sums += _chain(
+            p_grads, row_stride, o_rows, o_others, start, T, ROWS, COLUMNS, CHAIN, WIDTH, PRECISION, ALIGNED, ONE_BLOCK,
+            WIDEN,
+        )  # fmt: skip
     for start in range(whole, end, COLUMNS):
         b_sums += _products(
             p_grads, row_stride, o_rows, o_others, start, end, T, COLUMNS, WIDTH, PRECISION, False, ONE_BLOCK, WIDEN
@@ -329,7 +358,7 @@ def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
     T, size = num_rows, dtype.itemsize
     if size == 8:
         return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
-    if T <= (8 if size == 2 else 14):
+    if T <= (8 if size == 2 else 13):
         registers = 255 if T > 8 else 128 if size == 4 else 168
         lanes = 32 * max(1, 8 // triton.next_power_of_2(T))  # few rows: more loads of each under way
         return Config("outer", T, lanes * width(dtype), num_warps=1, registers=registers)
@@ -364,9 +393,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
         grid = (pieces, block_pairs(T, config.rows))
         if config.kernel == "outer":
             lanes = config.columns // width(dtype)
-            outer[grid](
-                *arguments, T, lanes, width(dtype), device.aligned(grads, plan), RUN, config.num_stages, **options
-            )
+            outer[grid](*arguments, T, lanes, width(dtype), device.aligned(grads), RUN, config.num_stages, **options)
         elif config.kernel == "dot":
             dot[grid](
                 *arguments,
@@ -376,7 +403,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
                 config.chain,
                 width(dtype),
                 "ieee" if dtype.itemsize == 2 or device.INTERPRETED else "bf16x6",
-                device.aligned(grads, plan),
+                device.aligned(grads) and plan.alignment % width(dtype) == 0,
                 grid[1] == 1,
                 device.INTERPRETED,
                 **options,

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     blocks: torch.Tensor
     """[blocks, 3], group and columns of what each program of combine makes, from the end of the buffer to its start."""
     alignment: int
-    """Every group begins at a multiple of this many columns."""
+    """Every group that has pieces begins at a multiple of this many columns; 0 if none has."""
 
 
 @functools.cache  # for good: a captured CUDA graph may read a table at any time
@@ -48,7 +48,7 @@ def make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device) -> Pl
         pieces=table(list(itertools.chain(*pieces)), 2),
         first_piece=table([(first,) for first in itertools.accumulate(map(len, pieces), initial=0)], 1),
         blocks=table(blocks[::-1], 3),
-        alignment=math.gcd(*edges[::2]) or COMBINED,
+        alignment=math.gcd(*(begin for begin, end in bounds if end - begin > RUN)),
     )
 
 
