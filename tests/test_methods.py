@@ -364,5 +364,10 @@ def test_capturable_keeps_the_step_in_a_tensor():
     fresh = gvk.GradVac(beta=0.3, capturable=True)
     fresh.load_state_dict(methods[0].state_dict())
     assert torch.equal(fresh(grads, groups).weights, methods[0](grads, groups).weights)
+    first_in_inference = gvk.GradVac(capturable=True)
+    with torch.inference_mode():
+        first_in_inference(grads, groups)
+    first_in_inference(grads, groups)
+    assert first_in_inference.step == 2
     with pytest.raises(TypeError, match="capturable: expected a bool, got 1"):
         gvk.GradVac(capturable=1)

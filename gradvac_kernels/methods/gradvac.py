@@ -101,7 +101,10 @@ class GradVac:
             elif len(ema) != len(groups):
                 raise ValueError(f"groups: expected the {len(ema)} groups of the calls before, got {len(groups)}")
             ema = ema.to(grads.device)  # a checkpoint may have been loaded elsewhere
-        step = torch.as_tensor(self._step, device=grads.device) if self.capturable else self._step
+        step = self._step
+        if self.capturable:
+            with torch.inference_mode(False):  # it is counted up in place, also when that mode is over
+                step = torch.as_tensor(step, device=grads.device)
         found = ops.vaccinate(
             grads,
             groups,
