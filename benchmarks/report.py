@@ -55,10 +55,11 @@ def markdown(results: dict[str, Any]) -> str:
     """Machine and ceilings in a paragraph, then one table an operator."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     read, multiply_adds = (results["ceilings"][name] / 1e9 for name in _CEILINGS)
+    kind = "bfloat16" if "gpu" in results["machine"] else "float32"
     machine = ", ".join(value.split(" (")[0] for value in results["machine"].values())
     head = (
         f"{machine}; {results['threads']} threads; {versions}; commit {results['commit']}. Ceilings, measured in the "
-        f"same run: streaming read {read:.3g} GB/s, {multiply_adds:.3g} G float32 multiply-adds/s. Medians; `x` is the "
+        f"same run: streaming read {read:.3g} GB/s, {multiply_adds:.3g} G {kind} multiply-adds/s. Medians; `x` is the "
         "time of an implementation divided by ours; the floor is the least time that these ceilings allow (above "
         "100 % where a group is still in the cache when it is combined)."
     )
