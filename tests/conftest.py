@@ -15,14 +15,15 @@ if not (torch.cuda.is_available() or torch.xpu.is_available()):
 from gradvac_kernels.backends import available_backends, choose, cpu, triton
 
 if triton.why_unavailable() is None and triton.device.INTERPRETED:
-    # The interpreter's time goes by operations, however wide: longer vectors than a GPU takes.
+    # The interpreter's time goes by operations, however wide: longer vectors than a GPU
+    # takes, but no longer than the shortest piece, so that whole ones are read too.
     from gradvac_kernels.backends.triton import gram_kernels
 
     _choose_config = gram_kernels.choose_config
 
     def _wide_config(num_rows, dtype):
         config = _choose_config(num_rows, dtype)
-        return config if config.kernel == "dot" else config._replace(columns=8 * config.columns)
+        return config if config.kernel == "dot" else config._replace(columns=min(8 * config.columns, 1024))
 
     gram_kernels.choose_config = _wide_config
 

@@ -43,7 +43,7 @@ def _sum_rows(
 
 @triton.jit
 def _narrow(b_sum, TYPE: tl.constexpr):
-    if TYPE == tl.bfloat16:
+    if TYPE == tl.bfloat16:  # the interpreter has no way from float64
         return b_sum.to(tl.float32).to(TYPE)
     else:
         return b_sum.to(TYPE)

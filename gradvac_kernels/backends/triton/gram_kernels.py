@@ -360,7 +360,7 @@ def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
         return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
     if T <= (8 if size == 2 else 13):
         registers = 255 if T > 8 else 128 if size == 4 else 168
-        lanes = 32 * max(1, 8 // triton.next_power_of_2(T))  # few rows: more loads of each under way
+        lanes = 128 if T <= 2 else 64 if T <= 4 else 32  # few rows: more loads of each under way
         return Config("outer", T, lanes * width(dtype), num_warps=1, registers=registers)
     rows = 16 if T <= 16 else 32 if T <= 32 else 64
     if size == 2:  # half the warps: a thread loads 16 bytes all the same
