@@ -5,12 +5,14 @@ from .backends import available_backends
 from .buffer import GradientBuffer
 from .groups import ParameterGroups
 from .methods import GradVac
-from .ops import combine, gram, task_order, vaccinate
-from .result import Vaccination
+from .ops import coefficients, combine, gram, task_order, vaccinate
+from .result import Coefficients, Vaccination
+from .streaming import register_rule, task_mean_loss
 from .task_gradients import TaskGradients
 from .version import __version__
 
 __all__ = [
+    "Coefficients",
     "GradVac",
     "GradientBuffer",
     "ParameterGroups",
@@ -18,10 +20,13 @@ __all__ = [
     "Vaccination",
     "__version__",
     "available_backends",
+    "coefficients",
     "combine",
     "gram",
     "ops",
     "reference",
+    "register_rule",
+    "task_mean_loss",
     "task_order",
     "vaccinate",
 ]

@@ -1,6 +1,29 @@
 # The native module (csrc/cpu/bindings.cpp). Tensors are addresses; nothing is checked here.
 
 def gram(data: int, dtype: int, T: int, row_stride: int, bounds: int, K: int, G: int, threads: int) -> None: ...
+def coefficients(
+    G: int,
+    K: int,
+    T: int,
+    ema: int,
+    N: int,
+    beta: float,
+    target: float,
+    max_target: float,
+    noise: float,
+    smallest: float,
+    largest: float,
+    task_ids: int,
+    turnable: int,
+    order: int,
+    seed: int,
+    step: int,
+    first_group: int,
+    weights: int,
+    similarity: int,
+    corrected: int,
+    threads: int,
+) -> None: ...
 def combine(
     data: int,
     dtype: int,

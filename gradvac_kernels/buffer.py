@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .groups import ParameterGroups
@@ -12,7 +14,7 @@ class GradientBuffer:
 
     Attributes:
         groups: the layout of the P columns.
-        grads: ``[T, P]``, zero at first; a row is meant to be accumulated into, in place.
+        grads: ``[T, P]``, zero at first; a row is meant to be accumulated into, in place. Made when it is first used.
         result: ``[P]``, zero at first.
 
     Raises:
@@ -36,8 +38,12 @@ class GradientBuffer:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
         self.groups = groups
-        self.grads = torch.zeros(num_rows, groups.numel, dtype=dtype, device=device)
+        self._num_rows = num_rows
         self.result = torch.zeros(groups.numel, dtype=dtype, device=device)
+
+    @functools.cached_property
+    def grads(self) -> torch.Tensor:
+        return self.result.new_zeros(self._num_rows, self.groups.numel)
 
     def parameter_views(self, columns: torch.Tensor) -> list[torch.Tensor]:
         """A row of ``grads``, or ``result``, as one view a parameter of the model, in its shape.

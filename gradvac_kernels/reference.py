@@ -36,8 +36,8 @@ def vaccinate(
     call = ops.prepare(grads, groups, ema, beta, target, task_ids, vaccinated, order, seed, step, out)
     call.check()
     T = grads.shape[0]
-    ids = list(range(T)) if call.task_ids is None else call.task_ids.tolist()
-    in_vaccinated = [call.vaccinated is None or i in call.vaccinated.tolist() for i in ids]
+    ids = list(range(T)) if call.rule.task_ids is None else call.rule.task_ids.tolist()
+    in_vaccinated = [call.rule.vaccinated is None or i in call.rule.vaccinated.tolist() for i in ids]
     if order is None:
         order = ops.task_order(len(groups), T, seed=seed, step=int(step), first_group=groups.first)
     loop = order.tolist()

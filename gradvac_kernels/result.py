@@ -18,3 +18,14 @@ class Vaccination(NamedTuple):
     """``[K, T, T]`` float64: cosine of the current row i and row j as Algorithm 1 measured it; NaN where it did not."""
     corrected: torch.Tensor
     """``[K, T, T]`` bool: row i was turned towards row j."""
+
+
+class Coefficients(NamedTuple):
+    """What Gram matrices give, as in :class:`Vaccination`."""
+
+    weights: torch.Tensor
+    """``[K, T]`` float64."""
+    similarity: torch.Tensor
+    """``[K, T, T]`` float64."""
+    corrected: torch.Tensor
+    """``[K, T, T]`` bool."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from . import ops
+from . import checks, streaming
 from .buffer import GradientBuffer
 from .groups import Granularity, ParameterGroups, gradient_stride, trainable
 from .methods import GradVac
@@ -94,7 +95,7 @@ class TaskGradients:
             if self.method.num_tasks not in (None, len(self.tasks)):
                 raise ValueError(f"method: expected num_tasks {len(self.tasks)}, got {self.method.num_tasks}")
             if self.method.vaccinated is not None:
-                ops.check_range("method.vaccinated", self.method.vaccinated, len(self.tasks))
+                checks.check_range("method.vaccinated", self.method.vaccinated, len(self.tasks))
             self.method.num_tasks = len(self.tasks)
         self.last: Vaccination | None = None
         self.last_task_ids: tuple[int, ...] = ()
@@ -103,6 +104,9 @@ class TaskGradients:
         self._rows: list[int] = []  # ids of the tasks captured in this step: row r of the buffer is task _rows[r]
         self._used = [False] * len(self._parameters)
         self._capturing = False
+        self._slabs = [self.groups[k : k + 1] for k in range(len(self.groups))]
+        self._coarse = streaming.coarse_groups(model, self.groups)
+        self._arena: streaming.Arena | None = None
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -158,6 +162,80 @@ class TaskGradients:
             for hook in hooks:
                 hook.remove()
 
+    @contextmanager
+    def batch(
+        self, task_of_sample: torch.Tensor | Sequence[int | str], *, batch_dim: int = 0, keep: bool = False
+    ) -> Iterator[None]:
+        """One mixed batch of all tasks, one forward, one backward: the gradients of each task without T passes.
+
+        In this context the model runs forward, and the loss backward, once::
+
+            with tasks.batch(task_of_sample):
+                losses = loss_of_each_sample(model(x), y)  # [B]
+                gvk.task_mean_loss(losses, task_of_sample).backward()
+
+        gives the ``.grad`` of one backward a task on the same samples. A layer's weight gradient is a product over the
+        samples; here each task's samples are multiplied by themselves, into a slab ``[T, P_group]``, and a group is
+        vaccinated as soon as its layers have been through: there is no buffer of all tasks' gradients. Groups of more
+        than one layer ("whole_model") have no slab at all: their layers' inputs and the gradients of their outputs are
+        kept until the weights are known, and multiplied a second time with those.
+
+        The loss may be any scalar in which every sample's terms depend on that sample alone. What mixes samples (batch
+        normalisation in training) or cannot be followed is an error that says so. Parameters that are used by other
+        operations than those with a rule (see :func:`register_rule`) cost one small backward a task.
+
+        Args:
+            task_of_sample: ``[B]``, the task of each sample: indices of ``tasks``, or names. In any order and number;
+                the rows of ``last`` are the tasks present, in the order of ``tasks``.
+            batch_dim: the dimension of the samples in tensors that come from outside, such as the model's inputs.
+            keep: collect the gradients in the buffer ``[T, P]`` instead, as :meth:`task` does; further batches add to
+                them, and :meth:`apply` turns them (accumulation over micro-batches, or to look at them first).
+
+        Raises:
+            TypeError: ``task_of_sample`` is of another type, or the method cannot vaccinate in parts.
+            ValueError: an unknown task, no samples, a module that mixes samples or cannot be followed; in the passes:
+                an operation after which samples cannot be told apart. The method's state and ``.grad`` are then as they
+                were, but what ``.grad`` shows of the step before may be partly overwritten.
+            RuntimeError: inside another context, after gradients were captured that ``apply`` has not used, without a
+                backward, with several, or one that did not finish.
+        """
+        present, rows = self._tasks_of(task_of_sample)
+        if isinstance(batch_dim, bool) or not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ValueError(f"batch_dim: expected an int of at least 0, got {batch_dim!r}")
+        if self._capturing or streaming.is_active():
+            raise RuntimeError("batch: expected one task or batch at a time, got a batch inside another")
+        if self._rows and not keep:
+            raise RuntimeError("batch: expected apply() or discard() after gradients were captured, got a new step")
+        if not keep and not hasattr(self.method, "in_parts"):
+            raise TypeError(f"method: expected one that vaccinates in parts, such as GradVac, got {self.method!r}")
+        self._check_parameters()
+        streaming.check_modules(self._model)
+        self._capturing = True
+        try:
+            if keep:
+                for task in present:
+                    self._row(self.tasks[task])
+                row_of = torch.tensor([self._rows.index(task) for task in present])
+                sink = streaming.BufferSink(self.groups, self.grads)
+                with self._capture(row_of[rows], len(self._rows), batch_dim, sink):
+                    yield
+                self._used = [used or index in sink.fired for index, used in enumerate(self._used)]
+            else:
+                with self.method.in_parts(self.groups, len(present), self._buffer.result.device) as step:  # type: ignore[attr-defined]
+                    stream = self._stream_sink(step, present)
+                    with self._capture(rows, len(present), batch_dim, stream):
+                        yield
+                    self._used = [index in stream.fired for index in range(len(self._parameters))]
+                    found = stream.close()
+                self._set_grads(found, tuple(present))
+        except BaseException:
+            self.discard()
+            raise
+        finally:
+            self._capturing = False
+            if self._arena is not None:
+                self._arena.settle()
+
     def backward(self, losses: Mapping[str, torch.Tensor]) -> Vaccination:
         """One backward a task, then :meth:`apply`.
 
@@ -204,22 +282,65 @@ class TaskGradients:
             )
         result = self._buffer.result
         try:
-            self.last = self.method(self.grads, self.groups, task_ids=self._rows, out=result)
+            found = self.method(self.grads, self.groups, task_ids=self._rows, out=result)
         except BaseException:
             self.discard()
             raise
-        if self.reduction == "mean":
-            result /= len(self._rows)
-        for parameter, view, used in zip(self._parameters, self._buffer.parameter_views(result), self._used):
-            parameter.grad = view if used else None
-        self.last_task_ids = self.task_ids
-        self.discard()
-        return self.last
+        return self._set_grads(found, self.task_ids)
 
     def discard(self) -> None:
         """Forget the gradients captured since the last ``apply``."""
         self._rows = []
         self._used = [False] * len(self._parameters)
+
+    def _set_grads(self, found: Vaccination, task_ids: tuple[int, ...]) -> Vaccination:
+        result = self._buffer.result
+        if self.reduction == "mean":
+            result /= len(task_ids)
+        for parameter, view, used in zip(self._parameters, self._buffer.parameter_views(result), self._used):
+            parameter.grad = view if used else None
+        self.last, self.last_task_ids = found, task_ids
+        self.discard()
+        return found
+
+    def _tasks_of(self, task_of_sample: torch.Tensor | Sequence[int | str]) -> tuple[list[int], torch.Tensor]:
+        """The ids of the tasks present, ascending, and which of them each sample is, ``[B]`` on the CPU."""
+        if isinstance(task_of_sample, torch.Tensor):
+            checks.check_tensor("task_of_sample", task_of_sample, (torch.int64, torch.int32), (None,))
+            ids = task_of_sample.cpu().long()
+        elif isinstance(task_of_sample, Sequence) and not isinstance(task_of_sample, str):
+            for name in task_of_sample:
+                if isinstance(name, str) and name not in self.tasks:
+                    raise ValueError(f"task_of_sample: expected tasks among {list(self.tasks)}, got {name!r}")
+            index = {name: i for i, name in enumerate(self.tasks)}
+            listed = [index[name] if isinstance(name, str) else name for name in task_of_sample]
+            ids = torch.tensor(checks.check_ids("task_of_sample", listed), dtype=torch.int64)
+        else:
+            raise TypeError(f"task_of_sample: expected a tensor or a sequence, got {type(task_of_sample).__name__}")
+        if not len(ids):
+            raise ValueError("task_of_sample: expected at least one sample, got none")
+        present, rows = ids.unique(return_inverse=True)
+        checks.check_range("task_of_sample", present.tolist(), len(self.tasks))
+        return present.tolist(), rows
+
+    @contextmanager
+    def _capture(self, rows: torch.Tensor, num_tasks: int, batch_dim: int, sink: streaming.Sink) -> Iterator[None]:
+        named = {slot.name: parameter for slot, parameter in zip(self.groups.parameters, self._parameters)}
+        mine = set(map(id, self._parameters))
+        others = [tensor for tensor in (*self._model.parameters(), *self._model.buffers()) if id(tensor) not in mine]
+        capture = streaming.Capture(named, others, rows, num_tasks, batch_dim, sink)
+        with capture.watch(), capture:
+            yield
+        if not sink.fired:
+            raise RuntimeError("batch: expected a backward of the batch's loss in the context, got none")
+
+    def _stream_sink(self, step: Any, present: list[int]) -> streaming.StreamSink:
+        result = self._buffer.result
+        if self._arena is None:
+            self._arena = streaming.Arena(result.dtype, result.device)
+        return streaming.StreamSink(
+            self.groups, self._slabs, self._coarse, len(present), step, tuple(present), result, self._arena
+        )
 
     def _row(self, name: str) -> torch.Tensor:
         task = self.tasks.index(name)
@@ -239,7 +360,7 @@ class TaskGradients:
         for name, parameter in trainable(self._model):
             if id(parameter) not in known:
                 raise ValueError(f"model: expected the trainable parameters of before, got a new one, {name!r}")
-        grads = self._buffer.grads
+        grads = self._buffer.result
         for slot, parameter in zip(self.groups.parameters, self._parameters):
             found = parameter.dtype, parameter.device, tuple(parameter.shape), gradient_stride(parameter)
             if found != (grads.dtype, grads.device, slot.shape, slot.stride):

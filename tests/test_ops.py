@@ -79,8 +79,10 @@ VACCINATIONS = {
 
 def check_vaccinate(dtype, backend, ema=0, target=None, task_ids=None, vaccinated=None, order=None, counter=None):
     ema = targets() if isinstance(ema, int) else ema
-    arguments = (ema, torch.zeros(P, dtype=dtype), 0.1, target, task_ids, vaccinated, order, 5, 6, counter, 1, backend)
-    passes(OPS.vaccinate, random(T, P, dtype=dtype), GROUPS.bounds, *arguments)
+    rule = (ema, 0.1, target, task_ids, vaccinated, order, 5, 6, counter, 1, backend)
+    grads = random(T, P, dtype=dtype)
+    passes(OPS.vaccinate, grads, GROUPS.bounds, torch.zeros(P, dtype=dtype), *rule)
+    passes(OPS.coefficients, gvk.gram(grads, GROUPS), dtype, *rule)
 
 
 @pytest.mark.parametrize("backend", NAMES)
@@ -574,7 +576,7 @@ def call_op(op, bounds, backend=None):
     if op == "combine":
         OPS.combine(grads, random(len(bounds), T, dtype=torch.float64), bounds, out, backend)
         return out
-    found = OPS.vaccinate(grads, bounds, ema, out, 0.1, None, None, None, None, 0, 0, None, 0, backend)
+    found = OPS.vaccinate(grads, bounds, out, ema, 0.1, None, None, None, None, 0, 0, None, 0, backend)
     return (*found, out, ema)
 
 

@@ -38,25 +38,43 @@ void combine(Address data, int dtype, std::int64_t T, std::int64_t row_stride, A
                {pointer<void>(out), static_cast<cpu::Dtype>(out_dtype)}, threads);
 }
 
+cpu::Vaccine vaccine(Address ema, std::int64_t N, double beta, double target, double max_target, double noise,
+                     double smallest, double largest, Address task_ids, Address turnable, Address order,
+                     std::int64_t seed, std::int64_t step, std::int64_t first_group, Address weights,
+                     Address similarity, Address corrected) {
+  return {pointer<double>(ema),
+          N,
+          target,
+          {beta, max_target, {noise, smallest, largest}},
+          pointer<const std::int64_t>(task_ids),
+          pointer<const bool>(turnable),
+          pointer<const std::int64_t>(order),
+          seed,
+          step,
+          first_group,
+          pointer<double>(weights),
+          pointer<double>(similarity),
+          pointer<bool>(corrected)};
+}
+
+void coefficients(Address G, std::int64_t K, std::int64_t T, Address ema, std::int64_t N, double beta, double target,
+                  double max_target, double noise, double smallest, double largest, Address task_ids, Address turnable,
+                  Address order, std::int64_t seed, std::int64_t step, std::int64_t first_group, Address weights,
+                  Address similarity, Address corrected, int threads) {
+  cpu::coefficients(pointer<const double>(G), K, T,
+                    vaccine(ema, N, beta, target, max_target, noise, smallest, largest, task_ids, turnable, order, seed,
+                            step, first_group, weights, similarity, corrected),
+                    threads);
+}
+
 void vaccinate(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K,
                Address ema, std::int64_t N, double beta, double target, double max_target, double noise,
                double smallest, double largest, Address task_ids, Address turnable, Address order, std::int64_t seed,
                std::int64_t step, std::int64_t first_group, Address weights, Address similarity, Address corrected,
                Address out, int out_dtype, int threads) {
-  const cpu::Vaccine vaccine{pointer<double>(ema),
-                             N,
-                             target,
-                             {beta, max_target, {noise, smallest, largest}},
-                             pointer<const std::int64_t>(task_ids),
-                             pointer<const bool>(turnable),
-                             pointer<const std::int64_t>(order),
-                             seed,
-                             step,
-                             first_group,
-                             pointer<double>(weights),
-                             pointer<double>(similarity),
-                             pointer<bool>(corrected)};
-  cpu::vaccinate(buffer(data, dtype, T, row_stride, bounds, K), vaccine,
+  cpu::vaccinate(buffer(data, dtype, T, row_stride, bounds, K),
+                 vaccine(ema, N, beta, target, max_target, noise, smallest, largest, task_ids, turnable, order, seed,
+                         step, first_group, weights, similarity, corrected),
                  {pointer<void>(out), static_cast<cpu::Dtype>(out_dtype)}, threads);
 }
 
@@ -84,6 +102,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU kernels. Use them through gradvac_kernels.ops: addresses are not checked here.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("gram", &gram, unlocked);
+  m.def("coefficients", &coefficients, unlocked);
   m.def("combine", &combine, unlocked);
   m.def("vaccinate", &vaccinate, unlocked);
   m.def(

@@ -1,4 +1,6 @@
 // Coefficients: the inner loop of Algorithm 1 in Gram space, one row of one group at a time.
+#include <omp.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -74,6 +76,22 @@ void CoefficientPhase::weigh(std::int64_t group) {
   for (std::int64_t i = 0; i < T; ++i) {
     const double* c = &C_[(group * T + i) * T];
     for (std::int64_t j = 0; j < T; ++j) weights[j] += c[j];
+  }
+}
+
+void coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, int threads) {
+  constexpr std::int64_t kWorthAThread = 1 << 16;  // multiply-adds
+  const std::int64_t useful = K * T * T * T / kWorthAThread + 1;
+  if (useful < threads) threads = static_cast<int>(useful);
+  CoefficientPhase phase(vaccine, K, T, threads);
+  std::copy(G, G + K * T * T, phase.G(0));
+#pragma omp parallel num_threads(threads)
+  {
+    const FullFloats full;
+#pragma omp for schedule(dynamic, 4)
+    for (std::int64_t r = 0; r < K * T; ++r) phase.solve(r / T, r % T, omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t k = 0; k < K; ++k) phase.weigh(k);
   }
 }
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any, NamedTuple
 
 import torch
 
-from ..numerics import MAX_TARGET, precision
+from ..numerics import MAX_TARGET, Precision, precision
 from ..rows import turnable_rows
 
 try:
@@ -61,6 +62,16 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, ou
     )
 
 
+def coefficients(
+    G: torch.Tensor, ema: torch.Tensor | None, *, limits: Precision, **rule: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inner loop of Algorithm 1 for ``G`` [K, T, T]; ``rule`` as :func:`vaccinate` takes it."""
+    K, T, _ = G.shape
+    native = _native(K, T, ema, limits, **rule)
+    _cpu.coefficients(*(G.data_ptr(), K, T, *native.arguments, torch.get_num_threads()))
+    return native.results
+
+
 def vaccinate(
     grads: torch.Tensor,
     bounds: torch.Tensor,
@@ -77,21 +88,61 @@ def vaccinate(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients and combine in one call: a group is combined while it is still in the cache."""
-    K, T = len(bounds), grads.shape[0]
+    native = _native(
+        len(bounds),
+        grads.shape[0],
+        ema,
+        precision(grads.dtype),
+        beta=beta,
+        target=target,
+        task_ids=task_ids,
+        vaccinated=vaccinated,
+        order=order,
+        seed=seed,
+        step=step,
+        first_group=first_group,
+    )
+    result = out.data_ptr(), _DTYPE[out.dtype], torch.get_num_threads()
+    _cpu.vaccinate(*(*_buffer(grads, bounds), *native.arguments, *result))
+    return native.results
+
+
+class _Native(NamedTuple):
+    """The arguments between Gram matrices and weights, in the order of the native functions."""
+
+    arguments: tuple[Any, ...]
+    results: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    kept: tuple[torch.Tensor | None, ...]  # the arguments are only addresses of these
+
+
+def _native(
+    K: int,
+    T: int,
+    ema: torch.Tensor | None,
+    limits: Precision,
+    *,
+    beta: float,
+    target: float | None,
+    task_ids: torch.Tensor | None,
+    vaccinated: torch.Tensor | None,
+    order: torch.Tensor | None,
+    seed: int,
+    step: int | torch.Tensor,
+    first_group: int,
+) -> _Native:
     weights = torch.empty(K, T, dtype=torch.float64)
     similarity = torch.empty(K, T, T, dtype=torch.float64)
     corrected = torch.empty(K, T, T, dtype=torch.bool)
     order = None if order is None else order.contiguous()
     task_ids = None if task_ids is None else task_ids.contiguous()
-    turnable = turnable_rows(T, task_ids, vaccinated, grads.device)
-    _cpu.vaccinate(
-        *_buffer(grads, bounds),
+    turnable = turnable_rows(T, task_ids, vaccinated, weights.device)
+    arguments = (
         _pointer(ema),
         0 if ema is None else ema.shape[1],
         beta,
         0.0 if target is None else target,
         MAX_TARGET,
-        *precision(grads.dtype),
+        *limits,
         _pointer(task_ids),
         _pointer(turnable),
         _pointer(order),
@@ -101,11 +152,8 @@ def vaccinate(
         weights.data_ptr(),
         similarity.data_ptr(),
         corrected.data_ptr(),
-        out.data_ptr(),
-        _DTYPE[out.dtype],
-        torch.get_num_threads(),
     )
-    return weights, similarity, corrected
+    return _Native(arguments, (weights, similarity, corrected), (ema, order, task_ids, turnable))
 
 
 def _buffer(grads: torch.Tensor, bounds: torch.Tensor) -> tuple[int, int, int, int, int, int]:

@@ -51,8 +51,11 @@ def coefficients(
     beta: float,
     target: float | None,
     task_ids: torch.Tensor | None,
-    turnable: torch.Tensor | None,
-    order: torch.Tensor,
+    vaccinated: torch.Tensor | None,
+    order: torch.Tensor | None,
+    seed: int,
+    step: int | torch.Tensor,
+    first_group: int,
     limits: Precision,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Algorithm 1 in Gram space, all groups and rows at once; updates ``ema``.
@@ -61,6 +64,9 @@ def coefficients(
     cosine is v_j / sqrt(n2 G_jj), and adding a g_j is: c_ij += a, n2 += 2 a v_j + a^2 G_jj, v += a G[:, j].
     """
     K, T, _ = G.shape
+    if order is None:
+        order = task_order(K, T, seed, step, first_group, G.device)
+    turnable = turnable_rows(T, task_ids, vaccinated, G.device)
     ids = torch.arange(T, device=G.device) if task_ids is None else task_ids
     square = G.diagonal(dim1=1, dim2=2)  # [K, T]
     usable = (square >= limits.smallest) & (square <= limits.largest)  # False for NaN
@@ -115,16 +121,17 @@ def vaccinate(
     out: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine."""
-    if order is None:
-        order = task_order(len(bounds), len(grads), seed, step, first_group, grads.device)
     weights, similarity, corrected = coefficients(
         gram(grads, bounds),
         ema,
         beta=beta,
         target=target,
         task_ids=task_ids,
-        turnable=turnable_rows(len(grads), task_ids, vaccinated, grads.device),
+        vaccinated=vaccinated,
         order=order,
+        seed=seed,
+        step=step,
+        first_group=first_group,
         limits=precision(grads.dtype),
     )
     combine(grads, weights, bounds, out)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from .. import ops
+from .. import checks, ops
 from ..groups import ParameterGroups
-from ..result import Vaccination
+from ..result import Coefficients, Vaccination
 
 
 class GradVac:
@@ -42,14 +43,14 @@ class GradVac:
         seed: int = 0,
         capturable: bool = False,
     ) -> None:
-        ops.check_settings(beta, target, seed)
+        checks.check_settings(beta, target, seed)
         if not isinstance(capturable, bool):
             raise TypeError(f"capturable: expected a bool, got {capturable!r}")
         if num_tasks is not None:
-            ops.check_int("num_tasks", num_tasks, 1)
+            checks.check_int("num_tasks", num_tasks, 1)
         if vaccinated is not None:
-            vaccinated = ops.check_ids("vaccinated", vaccinated)
-            ops.check_range("vaccinated", vaccinated, num_tasks)
+            vaccinated = checks.check_ids("vaccinated", vaccinated)
+            checks.check_range("vaccinated", vaccinated, num_tasks)
         self.beta = beta
         self.vaccinated = vaccinated
         self.target = target
@@ -84,43 +85,59 @@ class GradVac:
         Raises:
             TypeError, ValueError: as :func:`gradvac_kernels.vaccinate`; then the state is as it was.
         """
-        ops.check_face(grads, groups)
+        checks.check_face(grads, groups)
+        step = self._begin(groups, len(grads), grads.device)
+        found = step.vaccinate(grads, groups, task_ids, out)
+        self._commit(step)
+        return found
+
+    @contextmanager
+    def in_parts(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> Iterator[Step]:
+        """One step, some groups at a time: the bits of one call, for gradients that are never there all at once.
+
+        When the context ends, the state has advanced by one step; after an exception it is as it was.
+
+        Args:
+            groups: all K groups.
+            num_rows: T, the rows of every slab in this step.
+            device: of the gradients.
+
+        Returns:
+            What vaccinates a slab ``groups[a:b]``; each group once.
+
+        Raises:
+            ValueError: the number of groups or of rows does not fit the calls before.
+        """
+        step = self._begin(groups, num_rows, device)
+        before = None if step.ema is None else step.ema.clone()
+        try:
+            yield step
+        except BaseException:
+            if before is not None:
+                step.ema.copy_(before)  # type: ignore[union-attr]
+            raise
+        self._commit(step)
+
+    def _begin(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> Step:
         num_tasks, ema = self.num_tasks, self.ema
         if num_tasks is None:
-            num_tasks = len(grads)
-        if task_ids is None and len(grads) != num_tasks:
-            raise ValueError(f"task_ids: expected ids for the {len(grads)} of {num_tasks} tasks in grads, got None")
-        if task_ids is not None and not isinstance(task_ids, torch.Tensor):
-            task_ids = ops.check_ids("task_ids", task_ids)
-            ops.check_range("task_ids", task_ids, num_tasks)
-        elif task_ids is not None and task_ids.device.type == "cpu" and self.target is not None:
-            ops.check_range("task_ids", task_ids.tolist(), num_tasks)  # with targets, their shape says N
+            num_tasks = num_rows
         if self.target is None:
             if ema is None:
-                ema = torch.zeros(len(groups), num_tasks, num_tasks, dtype=torch.float64, device=grads.device)
+                ema = torch.zeros(len(groups), num_tasks, num_tasks, dtype=torch.float64, device=device)
             elif len(ema) != len(groups):
                 raise ValueError(f"groups: expected the {len(ema)} groups of the calls before, got {len(groups)}")
-            ema = ema.to(grads.device)  # a checkpoint may have been loaded elsewhere
+            ema = ema.to(device)  # a checkpoint may have been loaded elsewhere
         step = self._step
         if self.capturable:
             with torch.inference_mode(False):  # it is counted up in place, also when that mode is over
-                step = torch.as_tensor(step, device=grads.device)
-        found = ops.vaccinate(
-            grads,
-            groups,
-            ema,
-            beta=self.beta,
-            target=self.target,
-            task_ids=task_ids,
-            vaccinated=self.vaccinated,
-            seed=self.seed,
-            step=step,
-            out=out,
-        )
-        self.num_tasks, self.ema = num_tasks, ema
-        self._step = step
+                step = torch.as_tensor(step, device=device)
+        return Step(self, groups.first, num_tasks, ema, step)
+
+    def _commit(self, step: Step) -> None:
+        self.num_tasks, self.ema = step.num_tasks, step.ema
+        self._step = step.number
         self._step += 1  # a tensor in place: a captured graph counts on
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, for ``torch.save``: a copy of the targets, the step and the seed of the orders."""
@@ -143,10 +160,10 @@ class GradVac:
             got = sorted(state) if isinstance(state, dict) else type(state).__name__
             raise ValueError(f"state: expected a dict with exactly the keys {sorted(expected)}, got {got}")
         ema, num_tasks = state["ema"], state["num_tasks"]
-        ops.check_int("state['seed']", state["seed"])
-        ops.check_int("state['step']", state["step"], 0)
+        checks.check_int("state['seed']", state["seed"])
+        checks.check_int("state['step']", state["step"], 0)
         if num_tasks is not None:
-            ops.check_int("state['num_tasks']", num_tasks, 1)
+            checks.check_int("state['num_tasks']", num_tasks, 1)
         if None not in (self.num_tasks, num_tasks) and num_tasks != self.num_tasks:
             raise ValueError(f"state['num_tasks']: expected {self.num_tasks}, got {num_tasks}")
         if ema is not None:
@@ -154,11 +171,75 @@ class GradVac:
                 raise ValueError("state['num_tasks']: expected an int, the number of tasks of state['ema'], got None")
             if self.target is not None:
                 raise ValueError("state['ema']: expected None for a method with a constant target")
-            ops.check_tensor("state['ema']", ema, (torch.float64,), (None, num_tasks, num_tasks))
+            checks.check_tensor("state['ema']", ema, (torch.float64,), (None, num_tasks, num_tasks))
             if not bool(ema.isfinite().all()):
                 raise ValueError("state['ema']: expected finite targets, got some that are not")
         if self.vaccinated is not None:
-            ops.check_range("state['num_tasks']: vaccinated", self.vaccinated, num_tasks)
+            checks.check_range("state['num_tasks']: vaccinated", self.vaccinated, num_tasks)
         self.ema = None if ema is None else ema.clone().contiguous()
         self.num_tasks = self.num_tasks if num_tasks is None else num_tasks
         self.seed, self._step = state["seed"], state["step"]
+
+
+class Step:
+    """One step of a :class:`GradVac`: slabs of groups against the targets of before it.
+
+    Attributes:
+        num_tasks: N.
+        ema: ``[K, N, N]`` of all groups, updated slab by slab; None with a constant target.
+        number: of the step, for the orders.
+    """
+
+    def __init__(
+        self, method: GradVac, first: int, num_tasks: int, ema: torch.Tensor | None, number: int | torch.Tensor
+    ) -> None:
+        self.num_tasks = num_tasks
+        self.ema = ema
+        self.number = number
+        self._method = method
+        self._first = first
+
+    def vaccinate(
+        self,
+        grads: torch.Tensor,
+        groups: ParameterGroups,
+        task_ids: torch.Tensor | Sequence[int] | None,
+        out: torch.Tensor | None,
+    ) -> Vaccination:
+        """Like the call of the method, for the groups of a slab ``grads``."""
+        return ops.vaccinate(grads, groups, out=out, **self._rule(groups, len(grads), grads.device, task_ids))
+
+    def weigh(
+        self,
+        G: torch.Tensor,
+        groups: ParameterGroups,
+        task_ids: torch.Tensor | Sequence[int] | None,
+        dtype: torch.dtype,
+    ) -> Coefficients:
+        """The weights alone, from Gram matrices ``[K, T, T]`` of gradients of ``dtype``."""
+        return ops.coefficients(G, groups, dtype=dtype, **self._rule(groups, G.shape[1], G.device, task_ids))
+
+    def _rule(
+        self,
+        groups: ParameterGroups,
+        num_rows: int,
+        device: torch.device,
+        task_ids: torch.Tensor | Sequence[int] | None,
+    ) -> dict[str, Any]:
+        if task_ids is None and num_rows != self.num_tasks:
+            raise ValueError(f"task_ids: expected ids for the {num_rows} of {self.num_tasks} tasks in grads, got None")
+        if task_ids is not None and not isinstance(task_ids, torch.Tensor):
+            task_ids = checks.check_ids("task_ids", task_ids)
+            checks.check_range("task_ids", task_ids, self.num_tasks)
+        elif task_ids is not None and task_ids.device.type == "cpu" and self._method.target is not None:
+            checks.check_range("task_ids", task_ids.tolist(), self.num_tasks)  # with targets, their shape says N
+        first = groups.first - self._first
+        return {
+            "ema": None if self.ema is None else self.ema[first : first + len(groups)],
+            "beta": self._method.beta,
+            "target": self._method.target,
+            "task_ids": task_ids,
+            "vaccinated": self._method.vaccinated,
+            "seed": self._method.seed,
+            "step": self.number,
+        }

@@ -6,6 +6,8 @@ done before a CUDA graph is captured if the call was made once before.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...numerics import precision
@@ -48,6 +50,14 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, ou
     """``out[p] = sum_j weights[k(p), j] * grads[j, p]``."""
     with device.current(grads.device):
         combine_kernels.combine(grads, weights, _plan(grads, bounds), out)
+
+
+def coefficients(G: torch.Tensor, ema: torch.Tensor | None, **rule: Any) -> tuple[torch.Tensor, ...]:
+    """The inner loop of Algorithm 1 for ``G`` [K, T, T]."""
+    with device.current(G.device):
+        arrived = torch.zeros(len(G), dtype=torch.int32, device=G.device)
+        rule |= {name: _contiguous(rule[name]) for name in ("task_ids", "vaccinated", "order")}
+        return coefficient_kernels.coefficients(G, arrived, ema, **rule)
 
 
 def vaccinate(

@@ -1,0 +1,563 @@
+"""Where the samples of a batch lie in a tensor, followed from operation to operation.
+
+A tensor of activations holds its samples along one dimension: the first of ``[B, L, D]``, the second of ``[L, B, D]``,
+the only one of ``[B * L]`` tokens. Parameter gradients can be kept apart by task only where that dimension is known, so
+nothing is guessed from sizes: an operation whose effect on it is not known, or that mixes samples, loses it, and it is
+an error to use a parameter after that.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+class Pattern:
+    """The tasks along a dimension of samples, and what can be said of their order."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    @functools.cached_property
+    def uniform(self) -> bool:
+        """All of one task."""
+        return bool((self.rows == self.rows[:1]).all())
+
+    @functools.cached_property
+    def run(self) -> int:
+        """The largest number such that every ``run`` consecutive indices, from 0 on, are of one task."""
+        changes = (self.rows[1:] != self.rows[:-1]).nonzero().flatten() + 1
+        return math.gcd(len(self.rows), *changes.tolist())
+
+    @functools.cached_property
+    def period(self) -> int:
+        """The smallest divisor of the size after which the tasks repeat."""
+        n = len(self.rows)
+        divisors = sorted({d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)})
+        return next((d for d in divisors if torch.equal(self.rows[d:], self.rows[: n - d])), n)
+
+
+class Samples:
+    """The samples lie along dimension ``dim``; ``rows[i]`` is the task (a row of the slab) of what index i holds."""
+
+    def __init__(self, dim: int, pattern: Pattern | torch.Tensor) -> None:
+        self.dim = dim
+        self.pattern = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """``[size of dim]`` int64, on the CPU."""
+        return self.pattern.rows
+
+    def same(self, other: Samples) -> bool:
+        if self.dim == other.dim and self.pattern is other.pattern:
+            return True
+        if self.dim == other.dim and len(self.rows) == len(other.rows):
+            return torch.equal(self.rows, other.rows)
+        return self.pattern.uniform and other.pattern.uniform and bool((self.rows[:1] == other.rows[:1]).all())
+
+
+class Lost:
+    """The tensor depends on samples, but which part of it on which is not known; ``reason`` says since when."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+Place = Samples | Lost | None  # None: the tensor does not depend on samples
+
+_PLAIN_NAMES = {"radd": "add", "iadd": "add", "rsub": "sub", "isub": "sub", "rmul": "mul", "imul": "mul"}
+_PLAIN_NAMES |= {
+    "truediv": "div",
+    "rtruediv": "div",
+    "itruediv": "div",
+    "idiv": "div",
+    "rdiv": "div",
+    "true_divide": "div",
+}
+_PLAIN_NAMES |= {"rpow": "pow", "ipow": "pow", "multiply": "mul", "divide": "div", "subtract": "sub", "negative": "neg"}
+_PLAIN_NAMES |= {"floordiv": "floor_divide", "rfloordiv": "floor_divide", "mod": "remainder", "concat": "cat"}
+_PLAIN_NAMES |= {"absolute": "abs", "iand": "and", "ior": "or", "rmatmul": "matmul", "concatenate": "cat"}
+
+
+@functools.cache
+def name_of(function: Callable[..., Any]) -> str:
+    """``add`` for torch.add, Tensor.add_, Tensor.__iadd__ and torch.ops.aten.add.Tensor; ``get T`` for properties."""
+    name = getattr(function, "__name__", "") or type(function).__name__
+    if name == "__get__":
+        return "get " + function.__self__.__name__  # type: ignore[attr-defined]
+    if name.startswith("__") and name.endswith("__"):
+        name = name[2:-2]
+    else:
+        name = name.split(".")[0]
+        if name.endswith("_") and not name.startswith("_"):
+            name = name.rstrip("_")
+    return _PLAIN_NAMES.get(name, name)
+
+
+@functools.cache
+def is_pointwise(name: str) -> bool:
+    """As torch itself says of its operators."""
+    if name in _SAME:
+        return True
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, in lists, tuples and dicts too."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple, dict)):
+            yield from tensors_in(value)
+
+
+class Tracker:
+    """Knows the place of every tensor that was seen since it was made.
+
+    Args:
+        rows: ``[B]`` int64 on the CPU, the row of the slab of each sample.
+        batch_dim: where the samples lie in tensors that come from outside.
+        own: the model's parameters and buffers, which do not depend on samples.
+    """
+
+    def __init__(self, rows: torch.Tensor, batch_dim: int, own: Sequence[torch.Tensor]) -> None:
+        self.rows = rows
+        self.batch_dim = batch_dim
+        self._own = {id(tensor) for tensor in own}
+        self._outside = Pattern(rows)
+        self._seen: dict[tuple[Any, ...], tuple[Samples, list[Place]]] = {}
+
+    def of(self, tensor: torch.Tensor) -> Place:
+        """Where the samples lie in ``tensor``."""
+        noted = getattr(tensor, "_gradvac_place", None)
+        if noted is not None and noted[0] is self:
+            return noted[1]
+        if id(tensor) in self._own:
+            return None
+        found = self._by_size(tensor)
+        if found is None and tensor.grad_fn is not None:
+            return Lost(f"an operation that cannot be followed made it ({tensor.grad_fn.name()})")
+        return found
+
+    def note(self, tensor: torch.Tensor, place: Place) -> None:
+        """Remember where the samples lie in ``tensor``."""
+        tensor._gradvac_place = (self, place)  # type: ignore[attr-defined]
+
+    def has_noted(self, tensor: torch.Tensor) -> bool:
+        """The place of ``tensor`` is not a guess from outside."""
+        noted = getattr(tensor, "_gradvac_place", None)
+        return noted is not None and noted[0] is self
+
+    def follow(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        known: Sequence[tuple[torch.Tensor, Place]],
+    ) -> None:
+        """Note the places of what ``function(*args, **kwargs)`` gave.
+
+        Args:
+            known: the tensors among the arguments, with their places from before the call.
+        """
+        if isinstance(out, torch.Tensor):
+            results = [out]
+        else:
+            results = [args[0]] if name == "setitem" else list(tensors_in((out,)))
+        for result, place in zip(results, self._places(name, function, args, kwargs, out, results, known)):
+            self.note(result, place)
+
+    def _places(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
+        dependent = [pair for pair in known if pair[1] is not None]
+        if not results or not dependent or name.startswith("new_") or name.endswith("_like"):
+            return [None] * len(results)
+        # What is constant has no gradient to mix: where something else is not, that alone decides.
+        deciding = [pair for pair in dependent if pair[0].requires_grad] or dependent
+        lost = next((place for _, place in deciding if isinstance(place, Lost)), None)
+        if lost is None:
+            try:
+                place = self._rule(name, function, args, kwargs, out, results, deciding)
+            except Loses as loses:
+                place = Lost(f"{name} {loses}")
+        else:
+            place = lost
+        places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
+        # A constant that no rule places is as one that comes from outside.
+        return [
+            (self._by_size(result) or where) if isinstance(where, Lost) and not result.requires_grad else where
+            for result, where in zip(results, places)
+        ]
+
+    def _by_size(self, tensor: torch.Tensor) -> Samples | None:
+        if tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == len(self.rows):
+            return Samples(self.batch_dim, self._outside)
+        return None
+
+    # ------------------------------------------------------------------------------------------------------- rules
+
+    def _rule(self, name, function, args, kwargs, out, results, deciding) -> Any:  # type: ignore[no-untyped-def]
+        first = results[0]
+        if name in _RESHAPES or (name == "view" and first.dtype == deciding[0][0].dtype):
+            ((tensor, samples),) = deciding[:1]
+            return self.reshaped(samples, tensor.shape, first.shape)
+        if name in _VIEWS:
+            return self._viewed(function, args, kwargs, *deciding[0])
+        if name in _INDEXING:
+            return self._indexed(name, args, kwargs, first)
+        if name in _REDUCTIONS and not (name in ("max", "min") and len(list(tensors_in(args))) > 1):
+            return _reduced(args, kwargs, deciding, first, _REDUCTIONS[name])
+        if is_pointwise(name):
+            return aligned(deciding, first.shape)
+        if name in _ALONG:
+            tensor, samples = deciding[0]
+            dim = _argument(args, kwargs, _ALONG[name], "dim", -1)
+            if dim is None or not isinstance(dim, int) or dim % tensor.dim() == samples.dim:
+                raise Loses("works across the samples")
+            return aligned(deciding, first.shape)
+        if name in ("layer_norm", "rms_norm"):
+            tensor, samples = deciding[0]
+            if samples.dim >= tensor.dim() - len(_argument(args, kwargs, 1, "normalized_shape", ())):
+                raise Loses("works across the samples")
+            return samples
+        if name in _FIRST:
+            return _kept(deciding, first, 0)
+        if name in ("matmul", "bmm", "mm", "mv"):
+            return _product(self, args[0], _argument(args, kwargs, 1, "other", None), first, deciding)
+        if name in ("addmm", "baddbmm", "addmv"):
+            return _product(self, args[1], args[2], first, deciding)
+        if name == "linear":
+            tensor, samples = deciding[0]
+            if tensor is not args[0] or samples.dim == tensor.dim() - 1:
+                raise Loses("works across the samples")
+            return samples
+        if name == "scaled_dot_product_attention":
+            if any(samples.dim >= tensor.dim() - 2 for tensor, samples in deciding):
+                raise Loses("works across the samples")
+            return aligned(deciding, first.shape)
+        if name == "einsum":
+            return _einsum(self, args)
+        if name in ("embedding", "one_hot", "prelu"):
+            return deciding[0][1]
+        if name == "bilinear":
+            return unified(_kept([pair], first, pair[1].dim) for pair in deciding if pair[1].dim < first.dim() - 1)
+        if name == "pad":
+            return _kept(deciding, first, deciding[0][1].dim)
+        if name == "cat":
+            return self._joined(args, kwargs, first, deciding)
+        if name == "stack":
+            dim = _argument(args, kwargs, 1, "dim", 0) % first.dim()
+            return unified(Samples(samples.dim + (samples.dim >= dim), samples.pattern) for _, samples in deciding)
+        if name in ("repeat", "tile", "expand", "expand_as", "broadcast_to"):
+            tensor, samples = deciding[0]
+            dim = samples.dim + first.dim() - tensor.dim()
+            times = first.shape[dim] // max(1, len(samples.rows))
+            return Samples(dim, samples.pattern if times == 1 else samples.rows.repeat(times))
+        if name == "repeat_interleave":
+            return _interleaved(args, kwargs, deciding, first)
+        if name == "setitem":
+            return self._written(args, deciding)
+        raise Loses("is not known to keep samples apart")
+
+    def reshaped(self, samples: Samples, before: torch.Size, after: torch.Size) -> Place:
+        """The same elements in the same order, in another shape."""
+        key = (id(samples.pattern), samples.dim, before, after)
+        if key not in self._seen:
+            self._seen[key] = (samples, [_reshaped(samples, before, after)])
+        return self._seen[key][1][0]
+
+    def _viewed(
+        self, function: Callable[..., Any], args: Any, kwargs: Any, tensor: torch.Tensor, samples: Samples
+    ) -> Sequence[Place]:
+        """What the operation does to a shadow: layers do the same again and again."""
+        key = (function, id(samples.pattern), samples.dim, tensor.shape, repr(args[1:]), repr(kwargs))
+        if key not in self._seen:
+            views = tensors_in((function(_shadow(tensor, samples), *args[1:], **kwargs),))
+            self._seen[key] = (samples, [_of_view(view, samples) for view in views])  # keeps the pattern of the key
+        return self._seen[key][1]
+
+    def _indexed(self, name: str, args: Any, kwargs: Any, out: torch.Tensor) -> Place:
+        tensor, samples = args[0], self.of(args[0])
+        if name == "getitem":
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if not isinstance(samples, Samples):
+                return self._looked_up(index)
+            if not any(isinstance(part, (torch.Tensor, list)) for part in index):
+                return _of_view(_shadow(tensor, samples)[args[1]], samples)
+            # The last dimensions that no index touches are left out: there is one value for all of them.
+            touched = sum(part.dim() if _is_mask(part) else part is not None for part in index)
+            if any(part is Ellipsis for part in index) or touched <= samples.dim:
+                touched = tensor.dim()
+            index = tuple(part.cpu() if isinstance(part, torch.Tensor) else part for part in index)
+            shape = (*tensor.shape[:touched], *[1] * (tensor.dim() - touched))
+            return _of_values(_shadow(tensor, samples, shape)[index], out.shape)
+        dim = _argument(args, kwargs, 1, "dim", None)
+        if not isinstance(samples, Samples) or not isinstance(dim, int):
+            raise Loses("chooses samples in a way that is not followed")
+        if dim % tensor.dim() != samples.dim:
+            return Samples(samples.dim, samples.rows[: out.shape[samples.dim]])
+        if name != "index_select":
+            raise Loses("works across the samples")
+        return Samples(samples.dim, samples.rows[_argument(args, kwargs, 2, "index", None).cpu()])
+
+    def _looked_up(self, index: tuple[Any, ...]) -> Place:
+        """What belongs to no sample, at indices that do: their dimensions stand where the first of them did."""
+        tensors = [part for part in index if isinstance(part, torch.Tensor) and not _is_mask(part)]
+        before = index[: next((i for i, part in enumerate(index) if isinstance(part, torch.Tensor)), 0)]
+        between = index[len(before) : len(before) + len(tensors)]
+        places = [(tensor, place) for tensor in tensors if isinstance(place := self.of(tensor), Samples)]
+        if len(between) != len(tensors) or any(part is not slice(None) and part != slice(None) for part in before):
+            raise Loses("chooses in a way that is not followed")
+        if any(not isinstance(part, torch.Tensor) for part in between) or not places:
+            raise Loses("chooses in a way that is not followed")
+        found = aligned(places, torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+        return Samples(len(before) + found.dim, found.pattern)
+
+    def _joined(self, args: Any, kwargs: Any, out: torch.Tensor, deciding: Any) -> Place:
+        parts = [part for part in _argument(args, kwargs, 0, "tensors", ()) if part.numel()]
+        dim = _argument(args, kwargs, 1, "dim", 0) % out.dim()
+        places = [self.of(part) for part in parts]
+        if all(isinstance(place, Samples) and place.dim == dim for place in places):
+            return Samples(dim, torch.cat([place.rows for place in places]))  # type: ignore[union-attr]
+        if any(samples.dim == dim for _, samples in deciding):
+            raise Loses("puts samples beside what is not one")
+        return unified(samples for _, samples in deciding)
+
+    def _written(self, args: Any, deciding: Any) -> Place:
+        tensor, index, value = args
+        place = self.of(tensor)
+        if not isinstance(place, Samples):
+            raise Loses("writes samples among what is not one")
+        if isinstance(value, torch.Tensor) and value.requires_grad and self.of(value) is not None:
+            region = self._indexed("getitem", (tensor, index), {}, tensor[index])
+            its = self.of(value)
+            written = aligned([(value, its)], tensor[index].shape) if isinstance(its, Samples) else None
+            if not isinstance(region, Samples) or written is None or not region.same(written):
+                raise Loses("writes samples over others")
+        return place
+
+
+class Loses(Exception):
+    """An operation, named in front of this message, does not keep samples apart."""
+
+
+def aligned(known: Sequence[tuple[torch.Tensor, Samples]], shape: torch.Size) -> Samples:
+    """Broadcast together: dimensions count from the last."""
+    places = []
+    for tensor, samples in known:
+        dim = samples.dim + len(shape) - tensor.dim()
+        if dim < 0 or len(samples.rows) not in (1, shape[dim]):
+            raise Loses("changes the number of samples")
+        places.append(
+            Samples(dim, samples.pattern if len(samples.rows) == shape[dim] else samples.rows.expand(shape[dim]))
+        )
+    return unified(places)
+
+
+def unified(places: Iterator[Samples] | Sequence[Samples]) -> Samples:
+    """The one place that all agree on."""
+    found = list(places)
+    if not found:
+        raise Loses("works across the samples")
+    first, *others = found
+    if not all(first.same(other) for other in others):
+        raise Loses("meets samples in different dimensions or orders")
+    return first
+
+
+_SAME = {"to", "type_as", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "cpu", "cuda"}
+_SAME |= {
+    "contiguous",
+    "detach",
+    "dropout",
+    "native_dropout",
+    "alpha_dropout",
+    "feature_dropout",
+    "alias",
+    "requires_grad",
+}
+_SAME |= {
+    "logsigmoid",
+    "log_sigmoid",
+    "hardswish",
+    "and",
+    "or",
+    "xor",
+    "invert",
+    "tril",
+    "triu",
+    "multiply",
+    "get data",
+}
+_SAME |= {"floor_divide", "bernoulli", "view", "nan_to_num", "lt", "gt", "le", "ge", "copy", "get real", "get imag"}
+_RESHAPES = {"reshape", "view_as", "reshape_as", "flatten", "unflatten", "_unsafe_view", "ravel"}
+_VIEWS = {
+    "permute",
+    "transpose",
+    "t",
+    "get T",
+    "get mT",
+    "get H",
+    "get mH",
+    "swapaxes",
+    "swapdims",
+    "movedim",
+    "moveaxis",
+}
+_VIEWS |= {"unsqueeze", "squeeze", "select", "narrow", "unbind", "split", "chunk", "tensor_split", "split_with_sizes"}
+_VIEWS |= {"unfold", "diagonal", "unsafe_chunk", "unsafe_split"}
+_INDEXING = {"getitem", "index_select", "gather", "take_along_dim"}
+_REDUCTIONS = dict.fromkeys(
+    ("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "argmax", "argmin"), 1
+)
+_REDUCTIONS |= dict.fromkeys(
+    ("all", "any", "prod", "nansum", "nanmean", "median", "var_mean", "std_mean", "aminmax"), 1
+)
+_REDUCTIONS |= {"norm": 2, "linalg_vector_norm": 2, "vector_norm": 2, "count_nonzero": 1}  # where dim stands
+_ALONG = {"softmax": 1, "log_softmax": 1, "cumsum": 1, "cumprod": 1, "logcumsumexp": 1, "sort": 1, "argsort": 1}
+_ALONG |= {"flip": 1, "glu": 1, "topk": 2, "roll": 2}
+_FIRST = {f"{kind}{n}d" for kind in ("conv", "conv_transpose", "max_pool", "avg_pool") for n in (1, 2, 3)}
+_FIRST |= {f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
+_FIRST |= {"group_norm", "instance_norm", "batch_norm", "upsample_nearest2d", "upsample_bilinear2d", "pixel_shuffle"}
+
+
+KNOWN = {*_SAME, *_RESHAPES, *_VIEWS, *_INDEXING, *_REDUCTIONS, *_ALONG, *_FIRST}
+"""Names of operations, other than pointwise ones, that are followed as a whole."""
+KNOWN |= {"matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "addmv", "scaled_dot_product_attention", "einsum"}
+KNOWN |= {"one_hot", "cat", "stack", "repeat", "tile", "expand", "expand_as", "broadcast_to", "repeat_interleave"}
+KNOWN |= {"setitem", "prelu"}
+
+
+def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any) -> Any:
+    if len(args) > position:
+        return args[position]
+    return kwargs.get(name, kwargs.get("axis", default) if name == "dim" else default)
+
+
+def _is_mask(part: Any) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype in (torch.bool, torch.uint8)
+
+
+def _shadow(tensor: torch.Tensor, samples: Samples, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """The row of every element, in the shape of ``tensor`` and the memory of ``samples.rows``."""
+    shape = tensor.shape if shape is None else shape
+    return samples.rows.view([-1 if d == samples.dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+def _of_view(shadow: torch.Tensor, samples: Samples) -> Place:
+    """A view of a shadow has a stride along the one dimension where the row changes."""
+    moving = [d for d in range(shadow.dim()) if shadow.stride(d) and shadow.shape[d] > 1]
+    if len(moving) > 1:
+        return Lost("a view spread the samples over two dimensions")
+    if not shadow.numel() or not shadow.dim():
+        return Lost("a view left nothing, or a single element")
+    dim = moving[0] if moving else 0
+    line = shadow[tuple(slice(None) if d == dim else 0 for d in range(shadow.dim()))]
+    rows = samples.rows
+    same = len(line) == len(rows) and line.data_ptr() == rows.data_ptr() and line.stride() == rows.stride()
+    return Samples(dim, samples.pattern if same else line)
+
+
+def _of_values(shadow: torch.Tensor, shape: torch.Size) -> Place:
+    """The dimension along which a shadow changes, by its values."""
+    if not shadow.numel() or not shadow.dim():
+        return Lost("nothing, or a single element, was left")
+    for dim in range(shadow.dim()):
+        line = shadow[tuple(slice(None) if d == dim else slice(0, 1) for d in range(shadow.dim()))]
+        if bool((shadow == line).all()):
+            return Samples(
+                dim, line.flatten().clone() if len(line.flatten()) == shape[dim] else line.flatten().expand(shape[dim])
+            )
+    return Lost("an index spread the samples over several dimensions")
+
+
+def _reshaped(samples: Samples, before: torch.Size, after: torch.Size) -> Place:
+    if not after or 0 in after:
+        return Lost("it was reshaped to a single element or none")
+    if samples.pattern.uniform:
+        return Samples(0, samples.rows[:1].expand(after[0]))
+    size, inner = len(samples.rows), math.prod(before[samples.dim + 1 :])
+    # The row of element e is rows[(e // inner) % size]: it stays for `block` elements and repeats after `period`.
+    block, period = inner * samples.pattern.run, inner * samples.pattern.period
+    for dim, length in enumerate(after):
+        step = math.prod(after[dim + 1 :])
+        if block % step == 0 and (step * length) % period == 0:
+            elements = torch.arange(length) * step
+            unchanged = (step, length) == (inner, size)
+            return Samples(dim, samples.pattern if unchanged else samples.rows[(elements // inner) % size])
+    return Lost("a reshape spread the samples over two dimensions, or put them together with another one")
+
+
+def _reduced(args: Any, kwargs: Any, deciding: Any, out: torch.Tensor, position: int) -> Samples:
+    tensor, samples = deciding[0]
+    dim = _argument(args, kwargs, position, "dim", None)
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        more = [d for d in args[position + 1 :] if isinstance(d, int) and not isinstance(d, bool)]
+        dims = {d % tensor.dim() for d in (dim, *more)} if tensor.dim() else set()
+    else:
+        dims = {d % tensor.dim() for d in dim} if isinstance(dim, (tuple, list)) else set(range(tensor.dim()))
+    if samples.dim in dims or not dims:
+        raise Loses("works across the samples")
+    kept = out.dim() == tensor.dim()
+    return Samples(samples.dim - (0 if kept else sum(d < samples.dim for d in dims)), samples.pattern)
+
+
+def _kept(deciding: Any, out: torch.Tensor, dim: int) -> Samples:
+    (tensor, samples), *_ = deciding
+    if samples.dim != dim or out.dim() <= dim or out.shape[dim] != len(samples.rows):
+        raise Loses(f"expects the samples in dimension {dim} of {list(tensor.shape)}")
+    return samples
+
+
+def _product(tracker: Tracker, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, deciding: Any) -> Samples:
+    columns, places = int(b.dim() > 1), []
+    batch = out.dim() - columns - (a.dim() > 1)  # dimensions of out that stand before its rows and columns
+    for tensor, samples in deciding:
+        from_last = tensor.dim() - 1 - samples.dim
+        if tensor is not a and tensor is not b:
+            places.append(aligned([(tensor, samples)], out.shape))
+        elif (tensor is a and from_last == 0) or (tensor is b and from_last == columns):
+            raise Loses("works across the samples")
+        elif tensor is a:
+            places.append(Samples(out.dim() - columns - from_last, samples.pattern))
+        else:
+            places.append(Samples(out.dim() - 1 if from_last == 0 else batch + 1 - from_last, samples.pattern))
+    return unified(places)
+
+
+def _einsum(tracker: Tracker, args: Any) -> Samples:
+    equation, *operands = args
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = list(operands[0])
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        raise Loses("is followed with all letters and '->' in its equation only")
+    inputs, output = equation.replace(" ", "").split("->")
+    places = []
+    for letters, operand in zip(inputs.split(","), operands):
+        place = tracker.of(operand)
+        if isinstance(place, Samples) and (operand.requires_grad or not any(o.requires_grad for o in operands)):
+            if letters[place.dim] not in output:
+                raise Loses("works across the samples")
+            places.append(Samples(output.index(letters[place.dim]), place.pattern))
+    return unified(places)
+
+
+def _interleaved(args: Any, kwargs: Any, deciding: Any, out: torch.Tensor) -> Samples:
+    tensor, samples = deciding[0]
+    repeats, dim = _argument(args, kwargs, 1, "repeats", None), _argument(args, kwargs, 2, "dim", None)
+    if dim is None:
+        raise Loses("flattens what it repeats")
+    if dim % tensor.dim() != samples.dim:
+        return samples
+    return Samples(
+        samples.dim, samples.rows.repeat_interleave(repeats.cpu() if isinstance(repeats, torch.Tensor) else repeats)
+    )

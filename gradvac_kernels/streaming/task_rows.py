@@ -1,0 +1,81 @@
+"""Sums and products over the samples of each task, written where the kernels read them."""
+
+from __future__ import annotations
+
+import torch
+
+from .samples import Samples
+
+
+class TaskRows:
+    """The samples of a tensor, in the order of their tasks.
+
+    Args:
+        samples: where they lie.
+        num_tasks: T, the rows of the slab.
+        device: of the tensors to be summed.
+
+    Attributes:
+        counts: T ints, how many indices of the dimension belong to each task.
+    """
+
+    def __init__(self, samples: Samples, num_tasks: int, device: torch.device) -> None:
+        rows = samples.rows
+        self.counts: list[int] = torch.bincount(rows, minlength=num_tasks).tolist()
+        self.equal = len(set(self.counts)) == 1
+        in_order = bool((rows[1:] >= rows[:-1]).all())
+        self._order = None if in_order else rows.argsort(stable=True).to(device)
+        self.rows = rows
+
+    def arranged(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """``tensor`` with the samples in its first dimension, task by task; a copy only where it is not so already."""
+        tensor = tensor.movedim(dim, 0)
+        return tensor if self._order is None else tensor.index_select(0, self._order)
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What :meth:`arranged` gave, task by task."""
+        return tensor.split(self.counts)
+
+    def add_products(self, left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+        """``into[t] += left_t' right_t``, for matrices of arranged rows ``[n * L, I]`` and ``[n * L, J]``.
+
+        Args:
+            into: ``[T, I, J]``, of any strides.
+        """
+        if into.stride(2) != 1:
+            return self.add_products(right, left, into.transpose(1, 2))
+        left, right = left.to(into.dtype), right.to(into.dtype)
+        if self.equal:
+            tall = (len(self.counts), -1)
+            into.baddbmm_(left.unflatten(0, tall).transpose(1, 2), right.unflatten(0, tall))
+            return None
+        length = len(left) // max(1, len(self.rows))
+        counts = [count * length for count in self.counts]
+        for row, a, b in zip(into, left.split(counts), right.split(counts)):
+            if len(a):
+                row.addmm_(a.T, b)
+        return None
+
+    def add_sums(self, values: torch.Tensor, into: torch.Tensor) -> None:
+        """``into[t] += sum of values_t``, over the samples and over what broadcasting added.
+
+        Args:
+            values: arranged, ``[n, ...]``, where the other dimensions are what ``into[t]`` was broadcast to.
+            into: ``[T, ...]``.
+        """
+        values = _sum_broadcast(values, into)  # [n, ...] first, what is small for each task then
+        if self.equal:
+            into += values.unflatten(0, (len(self.counts), -1)).sum(1)
+            return
+        for row, part in zip(into, self.split(values)):
+            if len(part):
+                row += part.sum(0)
+
+
+def _sum_broadcast(values: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """``values`` ``[n, ...]`` summed over what broadcasting from ``into`` ``[T, ...]`` added, in the type of that."""
+    added = values.dim() - into.dim()
+    dims = [d for d in range(1, values.dim()) if d <= added or into.shape[d - added] == 1 != values.shape[d]]
+    if dims:
+        values = values.sum(dims, dtype=into.dtype)
+    return values.reshape(len(values), *into.shape[1:]).to(into.dtype)
