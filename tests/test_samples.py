@@ -1,0 +1,222 @@
+"""Where the samples lie, operation by operation, against what changes when a sample does."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gradvac_kernels.streaming.capture import Capture
+from gradvac_kernels.streaming.samples import Lost, Pattern, Samples, name_of
+
+B, L, D = 4, 3, 6
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+IDS = torch.tensor([[1, 5, 0], [2, 2, 3], [4, 0, 1], [3, 3, 5]])  # [B, L]
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 1, 0]]).bool()  # [B, L]
+ORDER = torch.tensor([2, 0, 3, 1])
+
+KEEPING = {
+    "add": lambda x: x + 1,
+    "in place": lambda x: x.clone().mul_(2).relu_(),
+    "broadcast": lambda x: x[:, :1] * x,
+    "broadcast to more": lambda x: x[:, 0] + x.transpose(0, 1),
+    "constants": lambda x: x * random(L, 1) + random(B, 1, D),
+    "where": lambda x: torch.where(x > 0, x, x.new_zeros(())),
+    "masked": lambda x: x.masked_fill(~MASK[..., None], 0),
+    "cast": lambda x: x.double().to(torch.float32).contiguous(),
+    "dropout": lambda x: F.dropout(x, 0.0, training=True),
+    "gelu": F.gelu,
+    "softmax": lambda x: x.softmax(-1) + F.log_softmax(x, dim=1),
+    "cumsum": lambda x: x.cumsum(1),
+    "sort": lambda x: x.sort(-1).values,
+    "topk": lambda x: x.topk(2, -1).values,
+    "glu": lambda x: F.glu(x, -1),
+    "flip": lambda x: x.flip(1),
+    "normalize": lambda x: F.normalize(x, dim=-1),
+    "layer norm": lambda x: F.layer_norm(x, (D,)),
+    "rms norm": lambda x: F.rms_norm(x, (L, D)),
+    "group norm": lambda x: F.group_norm(x.transpose(1, 2), 2),
+    "transpose": lambda x: x.transpose(0, 1),
+    "permute": lambda x: x.permute(2, 0, 1),
+    "T": lambda x: x[:, 0].T,
+    "mT": lambda x: x.mT,
+    "movedim": lambda x: x.movedim(0, -1),
+    "unsqueeze": lambda x: x.unsqueeze(0).unsqueeze(-1),
+    "squeeze": lambda x: x[:, :1].squeeze(1),
+    "flatten": lambda x: x.flatten(0, 1),
+    "flatten behind": lambda x: x.flatten(1),
+    "flatten second": lambda x: x.transpose(0, 1).flatten(0, 1),
+    "split heads": lambda x: x.view(B, L, 2, 3).transpose(1, 2).reshape(B * 2, L, 3),
+    "split and join heads": lambda x: x.view(B, L, 2, 3).transpose(1, 2).reshape(B * 2, L, 3).view(B, 2, L, 3),
+    "heads of second": lambda x: x.transpose(0, 1).contiguous().view(L, B * 2, 3).transpose(0, 1).view(B, 2, L, 3),
+    "unflatten": lambda x: x.flatten(0, 1).unflatten(0, (B, L)),
+    "view as": lambda x: x.flatten(1).view_as(x),
+    "slice": lambda x: x[:, 1:],
+    "slice samples": lambda x: x[1:3],
+    "every other sample": lambda x: x[::2],
+    "one sample": lambda x: x[2],
+    "one position": lambda x: x[:, -1],
+    "none and ellipsis": lambda x: x[..., None, :2],
+    "gather samples": lambda x: x[ORDER],
+    "index select": lambda x: x.index_select(0, ORDER[:3]).index_select(1, torch.tensor([0, 2])),
+    "packed tokens": lambda x: x[MASK],
+    "last token of each": lambda x: x[torch.arange(B), torch.tensor([2, 0, 1, 1])],
+    "gather": lambda x: x.gather(1, IDS[..., None].expand(-1, -1, D).clamp(max=L - 1)),
+    "chunk": lambda x: x.chunk(2, -1)[1],
+    "split samples": lambda x: x.split([1, 3])[1],
+    "diagonal": lambda x: x[:, :, :B].transpose(1, 2).diagonal(),
+    "unbind": lambda x: x.unbind(1)[2],
+    "cat": lambda x: torch.cat([x, x * 2], 1),
+    "cat samples": lambda x: torch.cat([x[:2], x], 0),
+    "stack": lambda x: torch.stack([x, x], 1) + torch.stack([x, x], -1).movedim(-1, 1),
+    "expand": lambda x: x[:, :1].expand(-1, 5, -1),
+    "repeat": lambda x: x.repeat(2, 1, 1),
+    "repeat interleave": lambda x: x.repeat_interleave(2, 0).repeat_interleave(2, dim=1),
+    "mean": lambda x: x.mean(1),
+    "mean kept": lambda x: x.mean((1, 2), keepdim=True),
+    "max": lambda x: x.max(2).values + x.amax(-1),
+    "norm": lambda x: x.norm(dim=-1) + torch.linalg.vector_norm(x, dim=2),
+    "sums": lambda x: x.transpose(0, 2).sum(0),
+    "matmul": lambda x: x @ random(D, 5),
+    "matmul behind": lambda x: random(5, L) @ x,
+    "scores": lambda x: x @ x.mT,
+    "columns": lambda x: random(5, D) @ x[:, 0].T,
+    "matvec": lambda x: x @ random(D),
+    "vecmat": lambda x: random(L) @ x,
+    "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
+    "baddbmm": lambda x: torch.baddbmm(x[:, :, :3], x, random(B, D, L)),
+    "einsum": lambda x: torch.einsum("bld,bmd->blm", x, x),
+    "linear": lambda x: F.linear(x, random(5, D), random(5)),
+    "attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], MASK[:, None, None]),
+    "multi-head": lambda x: nn.MultiheadAttention(D, 2, batch_first=True)(x, x, x)[0],
+    "convolution": lambda x: F.conv1d(x, random(2, L, 3)),
+    "pool": lambda x: F.max_pool1d(x, 2) + F.adaptive_avg_pool1d(x, 3),
+    "pad": lambda x: F.pad(x, (1, 1)),
+    "one hot": lambda x: F.one_hot(IDS, 6) * x,
+    "table": lambda x: F.embedding(IDS, random(6, D)) + x,
+    "written": lambda x: _written(x),
+}
+
+
+def _written(x):
+    out = x.clone()
+    out[:, 0] = x[:, 1]
+    out[:, 1:] = 0.5
+    return out
+
+
+LOSING = {
+    "mean of samples": lambda x: x.mean(0),
+    "mean of all": lambda x: x.mean(),
+    "softmax": lambda x: x.softmax(0),
+    "cumsum": lambda x: x.cumsum(0),
+    "order and order": lambda x: x + x[ORDER],
+    "shifted": lambda x: x[1:] + x[:-1],
+    "against each other": lambda x: x[:, 0] @ x[:, 0].T,
+    "contracted": lambda x: x[:, 0].T @ x[:, 0],
+    "einsum": lambda x: torch.einsum("bld,cld->bc", x, x),
+    "split over two": lambda x: x.view(2, 2, L, D).transpose(1, 2),
+    "layer norm": lambda x: F.layer_norm(x, (B, L, D)),
+    "batch norm": lambda x: F.batch_norm(x, torch.zeros(L), torch.ones(L)).logcumsumexp(0),
+    "unknown": lambda x: torch.fft.fft(x, dim=0).real,
+    "written over others": lambda x: _written_over(x),
+    "attention over samples": lambda x: F.scaled_dot_product_attention(x.transpose(0, 1), *[x.transpose(0, 1)] * 2),
+    "linear over samples": lambda x: F.linear(x.movedim(0, -1), random(5, B)),
+    "sorted": lambda x: x.sort(0).values,
+    "gathered": lambda x: x.gather(0, torch.zeros(B, L, D, dtype=torch.int64)),
+}
+
+
+def _written_over(x):
+    out = x.clone()
+    out[:2] = x[2:]
+    return out
+
+
+class Nowhere:
+    fired = frozenset()
+
+
+def follow(operation, x, rows):
+    """The result, and where its samples lie, each sample a task of its own."""
+    weight = nn.Parameter(torch.zeros(1))
+    capture = Capture({"weight": weight}, [], rows, len(rows), 0, Nowhere())
+    torch.manual_seed(0)
+    with capture:
+        out = operation(x)
+    return out, capture.tracker.of(out)
+
+
+def depends_on(operation, x, sample):
+    """Which elements of the result change with a sample."""
+    torch.manual_seed(0)
+    before = operation(x)
+    changed = x.detach().clone()
+    changed[sample] += 1 + random(L, D)
+    torch.manual_seed(0)
+    return (operation(changed) - before).abs() > 1e-6
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_the_place_is_where_the_sample_is(name):
+    operation = KEEPING[name]
+    x = random(B, L, D).requires_grad_()
+    out, place = follow(operation, x, torch.arange(B))
+    assert isinstance(place, Samples), place.reason if place else None
+    assert len(place.rows) == out.shape[place.dim]
+    reached = torch.zeros(out.shape, dtype=torch.bool)
+    for sample in range(B):
+        changes = depends_on(operation, x, sample)
+        here = (place.rows == sample).view([-1 if d == place.dim else 1 for d in range(out.dim())]).expand(out.shape)
+        assert not bool((changes & ~here).any()), f"sample {sample} reaches others' places"
+        reached |= changes
+    assert bool(reached.any())
+
+
+@pytest.mark.parametrize("name", LOSING)
+def test_mixed_samples_have_no_place(name):
+    _, place = follow(LOSING[name], random(B, L, D).requires_grad_(), torch.arange(B))
+    assert isinstance(place, Lost)
+    assert place.reason
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_tasks_of_several_samples_in_any_order(name):
+    """The same with two tasks: rows are tasks, and whatever the place, it agrees with that of the samples."""
+    x, tasks = random(B, L, D).requires_grad_(), torch.tensor([1, 0, 0, 1])
+    _, by_sample = follow(KEEPING[name], x, torch.arange(B))
+    _, by_task = follow(KEEPING[name], x, tasks)
+    assert isinstance(by_task, Samples)
+    assert by_task.same(Samples(by_sample.dim, tasks[by_sample.rows]))
+
+
+def test_what_is_made_inside_has_no_samples():
+    for operation in (
+        lambda x: torch.arange(B),
+        lambda x: x.new_zeros(B, D),
+        lambda x: torch.randn_like(x),
+        lambda x: torch.ones(len(x), x.shape[1]),
+    ):
+        _, place = follow(operation, random(B, L, D).requires_grad_(), torch.arange(B))
+        assert place is None
+
+
+def test_patterns():
+    assert Pattern(torch.tensor([0, 0, 1, 1, 1, 1])).run == 2
+    assert Pattern(torch.tensor([0, 1, 2, 0, 1, 2])).period == 3
+    assert Pattern(torch.tensor([2, 2, 2])).uniform
+    assert not Pattern(torch.tensor([2, 2, 1])).uniform
+    assert Samples(0, torch.tensor([1, 1])).same(Samples(1, torch.tensor([1, 1, 1])))  # all of one task: anywhere
+    assert not Samples(0, torch.tensor([1, 0])).same(Samples(1, torch.tensor([1, 0])))
+
+
+def test_names():
+    add = [torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__iadd__, torch.ops.aten.add.Tensor]
+    assert {name_of(function) for function in add} == {"add"}
+    assert name_of(torch.Tensor.T.__get__) == "get T"
+    assert name_of(torch.Tensor.__getitem__) == "getitem"
+    assert name_of(torch._C._nn.linear) == "linear"
