@@ -156,7 +156,16 @@ def two_pass_compiled(case: Case) -> Contestant:
         rows = grads.view(case.T, case.K, -1).transpose(0, 1)  # [K, T, P / K]
         G = (rows @ rows.mT).double()
         weights, _, _ = reference.coefficients(
-            G, ema, beta=BETA, target=None, task_ids=None, vaccinated=None, order=order, seed=0, step=0, first_group=0,
+            G,
+            ema,
+            beta=BETA,
+            target=None,
+            task_ids=None,
+            vaccinated=None,
+            order=order,
+            seed=0,
+            step=0,
+            first_group=0,
             limits=limits,
         )
         return (weights.to(case.dtype)[:, None] @ rows).view(-1)

@@ -154,9 +154,24 @@ def test_a_seed_repeats():
     assert once["plain"].losses[-1] == pytest.approx(again["plain"].losses[-1], rel=1e-6)
 
 
-def test_measured_cosines_are_those_of_the_losses():
+def test_streamed_training_is_that_of_the_buffer():
+    shared = setting(steps=4)
+    shared.measure_every = 2  # every other step is kept in the buffer and looked at
+
+    def arm(capture):
+        return lambda model: Vaccinated(model, shared, "all_layer", GradVac(beta=0.5), capture)
+
+    stream, buffer = train({"stream": arm("stream"), "buffer": arm("buffer")}, shared, seed=1).values()
+    assert torch.tensor(stream.losses) == pytest.approx(torch.tensor(buffer.losses), rel=1e-4)
+    assert stream.turned == buffer.turned
+    assert sum(map(sum, stream.turned)) > 0
+    assert len(stream.apply_seconds) == len(stream.batch_cosines) == 2
+
+
+@pytest.mark.parametrize("capture", ["stream", "buffer"])
+def test_measured_cosines_are_those_of_the_losses(capture):
     shared = setting(steps=1)
-    arms = {"method": lambda model: Vaccinated(model, shared, "all_matrix", GradVac())}
+    arms = {"method": lambda model: Vaccinated(model, shared, "all_matrix", GradVac(), capture)}
     (record,) = train(arms, shared, seed=0).values()
     torch.manual_seed(0)
     model = Translator(len(shared.vocabulary))
@@ -248,7 +263,7 @@ def test_cli_writes_finite_figures(finished):
     for found in results["cosine"].values():
         assert found["steps"] == [0, 2]
         assert -1 <= found["across"] <= 1
-    assert 0 < results["time"]["aggregation_share"] < 1
+    assert 0 < results["time"]["aggregation_ms"] < results["time"]["method_step_ms"]
 
 
 def test_cli_draws_pictures(finished):

@@ -205,6 +205,31 @@ def test_what_is_made_inside_has_no_samples():
         assert place is None
 
 
+def test_a_batch_put_together_inside_is_one_from_outside():
+    lines = [random(L) for _ in range(B)]
+    for operation in (
+        lambda x: torch.tensor([[1.0, 2.0]] * B),
+        lambda x: torch.stack(lines),
+        lambda x: nn.utils.rnn.pad_sequence([torch.tensor([1] * (i + 1)) for i in range(B)], batch_first=True),
+        lambda x: nn.utils.rnn.pad_sequence([random(B) for _ in range(B)], batch_first=True),
+        lambda x: torch.cat([line[None] for line in lines]),
+    ):
+        _, place = follow(operation, random(B, L, D), torch.arange(B))
+        assert place.dim == 0
+        assert torch.equal(place.rows, torch.arange(B))
+    for operation in (lambda x: torch.tensor([1.0, 2.0]), lambda x: torch.tensor(3.0), lambda x: torch.zeros(B)):
+        assert follow(operation, random(B, L, D), torch.arange(B))[1] is None
+
+
+def test_batches_or_samples_of_the_same_size_are_not_told_apart():
+    square = [random(B) for _ in range(B)]  # as long as there are samples
+    _, place = follow(lambda x: torch.stack(square), random(B, L, D), torch.arange(B))
+    assert isinstance(place, Lost)
+    batches = [random(B, D), random(B, D)]
+    assert follow(lambda x: torch.stack(batches), random(B, L, D), torch.arange(B))[1].dim == 1
+    assert follow(lambda x: torch.cat(batches, 1), random(B, L, D), torch.arange(B))[1].dim == 0
+
+
 def test_patterns():
     assert Pattern(torch.tensor([0, 0, 1, 1, 1, 1])).run == 2
     assert Pattern(torch.tensor([0, 1, 2, 0, 1, 2])).period == 3

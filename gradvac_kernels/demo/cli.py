@@ -87,6 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
         default="all_layer",
         help="what is compared and turned as one",
     )
+    add(
+        "--capture",
+        choices=("stream", "buffer"),
+        default="stream",
+        help="gradients by language from one mixed batch, or from a pass for each language",
+    )
     add("--target", type=_cosine, default=0.5, help="similarity target of --method fixed")
     add("--beta", type=_fraction, default=0.01, help="weight of a new similarity in the moving target")
     add("--batch-size", type=_positive, default=16, help="names of each language in a step")

@@ -23,7 +23,9 @@ def run(options: argparse.Namespace, setting: Setting) -> Results:
         method = make_method(options, vaccinated, seed)
         arms: dict[str, MakeArm] = {
             "plain": partial(PlainSum, setting=setting),
-            "method": partial(Vaccinated, setting=setting, granularity=options.granularity, method=method),
+            "method": partial(
+                Vaccinated, setting=setting, granularity=options.granularity, method=method, capture=options.capture
+            ),
         }
         records = train(arms, setting, seed)
         for name, record in records.items():

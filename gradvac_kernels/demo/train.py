@@ -71,20 +71,23 @@ class PlainSum:
         self._model, self._setting = model, setting
 
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
-        languages = self._setting.languages
-        samples = [(language, pair) for language, pairs in zip(languages, batches) for pair in pairs]
-        batch = self._setting.vocabulary.batch(samples)
-        characters = (batch.target != PAD).view(len(languages), -1).sum(1)  # [T]
-        losses = self._model.losses(batch).view(len(languages), -1).sum(1) / characters  # [T]
+        losses = mean_losses(self._model, self._setting, batches)
         losses.sum().backward()
         return losses.detach(), 0.0
 
 
 class Vaccinated:
-    """One backward a language, and the update from their gradients by a method of this package."""
+    """Each language's gradients, and the update from them by a method of this package.
 
-    def __init__(self, model: Translator, setting: Setting, granularity: str, method: gvk.GradVac) -> None:
-        self._model, self._setting = model, setting
+    Args:
+        capture: how to get at the gradients: ``"stream"``, all from the backward of one mixed batch, or ``"buffer"``,
+            one backward a language.
+    """
+
+    def __init__(
+        self, model: Translator, setting: Setting, granularity: str, method: gvk.GradVac, capture: str = "stream"
+    ) -> None:
+        self._model, self._setting, self._capture = model, setting, capture
         self._tasks = gvk.TaskGradients(model, setting.languages, granularity=granularity, method=method)
         self._probe = [pairs[:PROBE] for pairs in setting.split.held_out.values()]
 
@@ -93,38 +96,57 @@ class Vaccinated:
         measuring = 0.0
         if measure:  # on the same things in all languages: which names a batch happens to hold is most of its noise
             begin = time.perf_counter()
-            self._backward(self._probe)
+            self._backward(self._probe, keep=True)
             record.parallel_cosines[step] = self._cosines(record)
             self._tasks.discard()
             measuring += time.perf_counter() - begin
-        losses = self._backward(batches)
+        losses = self._backward(batches, keep=measure)
         if measure:
             begin = time.perf_counter()
             record.batch_cosines[step] = self._cosines(record)
             measuring += time.perf_counter() - begin
-        begin = time.perf_counter()
-        found = self._tasks.apply()
-        record.apply_seconds.append(time.perf_counter() - begin)
+        if self._tasks.task_ids:  # kept
+            begin = time.perf_counter()
+            self._tasks.apply()
+            record.apply_seconds.append(time.perf_counter() - begin)
+        found = self._tasks.last
+        assert found is not None
         # Rows are the tasks in their order: every step has all of them.
         record.measured.append((~found.similarity.isnan()).sum((0, 2)).tolist())
         record.turned.append(found.corrected.sum((0, 2)).tolist())
         record.conflicting.append((found.similarity < 0).sum((0, 2)).tolist())
         return losses, measuring
 
-    def _backward(self, batches: list[list[data.Pair]]) -> torch.Tensor:
-        losses = []
+    def _backward(self, batches: list[list[data.Pair]], keep: bool) -> torch.Tensor:
+        if self._capture == "stream":
+            counts = torch.tensor([len(pairs) for pairs in batches])
+            with self._tasks.batch(torch.arange(len(batches)).repeat_interleave(counts), keep=keep):
+                losses = mean_losses(self._model, self._setting, batches)
+                losses.sum().backward()
+            return losses.detach()
+        each = []
         for language, pairs in zip(self._setting.languages, batches):
             batch = self._setting.vocabulary.batch([(language, pair) for pair in pairs])
             with self._tasks.task(language):
                 loss = mean_loss(self._model, batch)
                 loss.backward()
-            losses.append(loss.detach())
-        return torch.stack(losses)
+            each.append(loss.detach())
+        return torch.stack(each)
 
     def _cosines(self, record: Record) -> torch.Tensor:
         gram = gvk.gram(self._tasks.grads, self._tasks.groups)  # [K, T, T], of the gradients before they are turned
         record.layers, cosines = similarity.by_layer(gram, self._tasks.groups.names)
         return cosines
+
+
+def mean_losses(model: Translator, setting: Setting, batches: list[list[data.Pair]]) -> torch.Tensor:
+    """Each language's mean negative log-likelihood of a character ``[T]``, in nats: equally many names of each."""
+    languages = setting.languages
+    batch = setting.vocabulary.batch(
+        [(language, pair) for language, pairs in zip(languages, batches) for pair in pairs]
+    )
+    characters = (batch.target != PAD).view(len(languages), -1).sum(1)  # [T]
+    return model.losses(batch).view(len(languages), -1).sum(1) / characters
 
 
 def mean_loss(model: Translator, batch: Batch) -> torch.Tensor:

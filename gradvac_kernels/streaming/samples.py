@@ -64,8 +64,9 @@ class Samples:
 class Lost:
     """The tensor depends on samples, but which part of it on which is not known; ``reason`` says since when."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, ambiguous: bool = False) -> None:
         self.reason = reason
+        self.ambiguous = ambiguous
 
 
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
@@ -178,6 +179,10 @@ class Tracker:
             self.note(result, place)
 
     def _places(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
+        if name in _FROM_DATA:
+            return [self._by_size(result) for result in results]
+        if name in _COLLATING and not any(self.has_noted(tensor) for tensor, place in known if place is not None):
+            return self._collated(name, function, args, kwargs, out, results, known)
         dependent = [pair for pair in known if pair[1] is not None]
         if not results or not dependent or name.startswith("new_") or name.endswith("_like"):
             return [None] * len(results)
@@ -194,9 +199,23 @@ class Tracker:
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
         # A constant that no rule places is as one that comes from outside.
         return [
-            (self._by_size(result) or where) if isinstance(where, Lost) and not result.requires_grad else where
+            (self._by_size(result) or where)
+            if isinstance(where, Lost) and not where.ambiguous and not result.requires_grad
+            else where
             for result, where in zip(results, places)
         ]
+
+    def _collated(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
+        """A batch put together here is as one from outside, unless its parts are batches themselves."""
+        whole = self._by_size(results[0])
+        dependent = [pair for pair in known if pair[1] is not None]
+        try:
+            parts = self._rule(name, function, args, kwargs, out, results, dependent) if dependent else None
+        except Loses:
+            parts = None
+        if isinstance(whole, Samples) and isinstance(parts, Samples) and not whole.same(parts):
+            return [Lost(f"{name} may have joined samples or batches, by the sizes: do it outside", ambiguous=True)]
+        return [whole or parts]
 
     def _by_size(self, tensor: torch.Tensor) -> Samples | None:
         if tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == len(self.rows):
@@ -429,6 +448,9 @@ _FIRST = {f"{kind}{n}d" for kind in ("conv", "conv_transpose", "max_pool", "avg_
 _FIRST |= {f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
 _FIRST |= {"group_norm", "instance_norm", "batch_norm", "upsample_nearest2d", "upsample_bilinear2d", "pixel_shuffle"}
 
+
+_FROM_DATA = {"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"}
+_COLLATING = {"pad_sequence", "stack", "cat"}
 
 KNOWN = {*_SAME, *_RESHAPES, *_VIEWS, *_INDEXING, *_REDUCTIONS, *_ALONG, *_FIRST}
 """Names of operations, other than pointwise ones, that are followed as a whole."""
