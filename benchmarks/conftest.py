@@ -35,11 +35,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contest" not in metafunc.fixturenames:
+        return
     op, device = metafunc.module.OPERATOR, metafunc.config.getoption("device")
     cases = op.cases(device, metafunc.config.getoption("full"))
     metafunc.parametrize("implementation", list(op.implementations(device)))
     # Of the scope of the fixture: pytest then runs the tests of a case one after another, on one contest.
     metafunc.parametrize("contest", cases, ids=str, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The rows of this run."""
+    return request.config.stash[_ROWS]
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ def collect(rows: list[dict[str, Any]], device: str) -> dict[str, Any]:
         },
         "commit": _commit(),
         "ours": backends(device),
-        "ceilings": {name: statistics.median(row[name] for row in rows) for name in _CEILINGS},
+        "ceilings": {name: _median([row[name] for row in rows if name in row]) for name in _CEILINGS},
         "rows": rows,
     }
 
@@ -54,7 +54,7 @@ def dump(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """Machine and ceilings in a paragraph, then one table an operator."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    read, multiply_adds = (results["ceilings"][name] / 1e9 for name in _CEILINGS)
+    read, multiply_adds = ((results["ceilings"][name] or 0) / 1e9 for name in _CEILINGS)
     kind = "bfloat16" if "gpu" in results["machine"] else "float32"
     machine = ", ".join(value.split(" (")[0] for value in results["machine"].values())
     head = (
@@ -65,7 +65,10 @@ def markdown(results: dict[str, Any]) -> str:
     )
     measured = {row["op"] for row in results["rows"]}
     ops = [op for op in ("gram", "combine", "vaccinate") if op in measured]
-    return "\n\n".join([head, *(f"**{op}**\n\n{_table(results, op)}" for op in ops)])
+    tables = [f"**{op}**\n\n{_table(results, op)}" for op in ops]
+    if "step" in measured:
+        tables.append(f"**A whole training step** of the demo's model\n\n{_step_table(results)}")
+    return "\n\n".join([head, *tables])
 
 
 def _table(results: dict[str, Any], op: str) -> str:
@@ -91,8 +94,39 @@ def _table(results: dict[str, Any], op: str) -> str:
                 for name in others
             ]
         )
+    return _aligned(lines)
+
+
+def _step_table(results: dict[str, Any]) -> str:
+    """Times as multiples of the plain sum's, memory as what is needed beyond its peak."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["op"] == "step":
+            key = (row["T"], row["samples"], row["granularity"], row["wait"])
+            cases.setdefault(key, {})[row["implementation"]] = row
+    header = ["T", "samples a task", "granularity", "idle threads", "plain sum", "`batch`", "a pass a task"]
+    header += ["`batch` / passes", "memory: `batch`", "T x largest group", "T x P"]
+    lines = [header, ["---:", "---:", ":---", ":---", *["---:"] * 7]]
+    for (T, samples, granularity, wait), found in cases.items():
+        plain, stream, buffer = (found[way] for way in ("plain", "stream", "buffer"))
+        more = stream["peak_memory_bytes"] - plain["peak_memory_bytes"]
+        times = [found[way]["median_s"] / plain["median_s"] for way in ("stream", "buffer")]
+        lines.append(
+            [str(T), samples, granularity, {"passive": "sleep", "active": "spin"}[wait]]
+            + [f"{_digits(plain['median_s'] * 1e3)} ms", *(f"{time:.2f}x" for time in times)]
+            + [f"{stream['median_s'] / buffer['median_s']:.2f}"]
+            + [f"{bytes / 2**20:.1f} MiB" for bytes in (more, plain["slab_bytes"], 4 * T * plain["P"])]
+        )
+    return _aligned(lines)
+
+
+def _aligned(lines: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _digits(value: float) -> str:

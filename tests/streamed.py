@@ -39,7 +39,7 @@ def draw_tasks(num_tasks, num_samples, step):
 def one_backward_a_task(model, tasks, losses_of, inputs, task_of_sample, batch_dim=0):
     losses = {}
     for task in task_of_sample.unique().tolist():
-        mine = (task_of_sample == task).nonzero().flatten()
+        mine = (task_of_sample == task).nonzero().flatten().to(inputs[0].device)
         losses[tasks.tasks[task]] = losses_of(model, [x.index_select(batch_dim, mine) for x in inputs]).mean()
     return tasks.backward(losses)
 
@@ -83,10 +83,13 @@ def no_traces(model):
         assert not parameter._backward_hooks
 
 
-def check_steps(model, losses_of, inputs_of, steps, num_tasks=3, num_samples=9, granularity="all_layer", batch_dim=0):
+def check_steps(
+    model, losses_of, inputs_of, steps, num_tasks=3, num_samples=9, granularity="all_layer", batch_dim=0, device="cpu"
+):
     """Both ways over some steps, each on the weights that the first one's steps made, beside the truth in float64."""
     pairs = {
-        dtype: two(copy.deepcopy(model).to(dtype), num_tasks, granularity) for dtype in (torch.float64, torch.float32)
+        dtype: two(copy.deepcopy(model).to(device, dtype), num_tasks, granularity)
+        for dtype in (torch.float64, torch.float32)
     }
     truth = pairs[torch.float64][0][0]
     optimizer = torch.optim.SGD(truth.parameters(), lr=0.01)
@@ -95,7 +98,7 @@ def check_steps(model, losses_of, inputs_of, steps, num_tasks=3, num_samples=9, 
         task_of_sample = draw_tasks(num_tasks, num_samples, step)
         for dtype, ((buffered, by_task), (streamed, by_batch)) in pairs.items():
             inputs = inputs_of(num_samples, torch.Generator().manual_seed(step))
-            inputs = [x.to(dtype) if x.is_floating_point() else x for x in inputs]
+            inputs = [x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in inputs]
             want = one_backward_a_task(buffered, by_task, losses_of, inputs, task_of_sample, batch_dim)
             found = one_batch(streamed, by_batch, losses_of, inputs, task_of_sample, batch_dim=batch_dim)
             own = max(distances(buffered, truth, by_task.groups).values())
@@ -183,7 +186,7 @@ class TiedTransformer(nn.Module):
 
     def forward(self, source, target):
         length = target.shape[int(self.batch_first)]
-        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=source.device)
         return self.transformer(self.embed(source), self.embed(target), tgt_mask=mask) @ self.embedding.weight.T
 
 

@@ -1,6 +1,7 @@
 """The Triton backend on a GPU: the parity grid of the core, sizes past 2^31, bits, graphs, streams, no waiting."""
 
 import pytest
+import streamed
 import torch
 from cases import LAYOUTS
 from test_parity import check_run
@@ -315,3 +316,34 @@ def test_training_is_that_on_the_cpu():
     torch.backends.cuda.matmul.allow_tf32 = False
     # float32 products in another order, 5 steps of 0.1: some 1e-6
     assert torch.allclose(train("cpu"), train(GPU), rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- streaming
+
+
+@pytest.mark.parametrize("granularity", ["all_layer", "all_matrix", "whole_model"])
+def test_one_mixed_batch_is_one_backward_a_task(granularity):
+    streamed.check_steps(
+        streamed.towers(), streamed.tower_losses, streamed.tower_inputs, 5, granularity=granularity, device=GPU
+    )
+    model, losses_of, inputs_of = (
+        f(True) for f in (streamed.tied_transformer, streamed.tied_losses, streamed.tied_inputs)
+    )
+    streamed.check_steps(model, losses_of, inputs_of, 5, granularity=granularity, device=GPU)
+
+
+def test_streaming_under_autocast_and_a_scaler():
+    """The targets move, and the gradients are those of one backward a task as far as float16 goes."""
+    (buffered, by_task), (model, by_batch) = streamed.two(streamed.tied_transformer(True).to(GPU), 3)
+    ids = streamed.draw_tasks(3, 12, 0)
+    inputs = [x.to(GPU) for x in streamed.tied_inputs(True)(12, torch.Generator().manual_seed(0))]
+
+    def losses_of(model, inputs):
+        with torch.autocast(GPU, torch.float16):
+            logits = model(*inputs)
+        return 256 * streamed.next_token_losses(logits.float(), inputs[1])
+
+    streamed.one_backward_a_task(buffered, by_task, losses_of, inputs, ids)
+    streamed.one_batch(model, by_batch, losses_of, inputs, ids)
+    streamed.check_gradients(model, buffered, by_task.groups, tolerance=20 * 2**-11)  # float16 rounds by 2^-11
+    assert bool(by_batch.method.ema.any())

@@ -63,6 +63,10 @@ class TaskRows:
             values: arranged, ``[n, ...]``, where the other dimensions are what ``into[t]`` was broadcast to.
             into: ``[T, ...]``.
         """
+        inner = values.shape[values.dim() - (into.dim() - 1) :]
+        if self.equal and values.is_contiguous() and inner == into.shape[1:]:
+            into += values.view(len(into), -1, *inner).sum(1, dtype=into.dtype)
+            return
         values = _sum_broadcast(values, into)  # [n, ...] first, what is small for each task then
         if self.equal:
             into += values.unflatten(0, (len(self.counts), -1)).sum(1)
