@@ -88,7 +88,7 @@ FULL_GRID = tuple(
         GRID
         + tuple(
             Case(*sizes)
-            for sizes in itertools.product((2, 4, 8, 16, 32, 100), (120_000, 1_000_000), (12, 100), gvk.ops.DTYPES)
+            for sizes in itertools.product((2, 4, 8, 16, 32, 100), (120_000, 1_000_000), (12, 100), gvk.numerics.DTYPES)
         )
         + tuple(Case(T, 10_000_000, 12, dtype) for T in (2, 4, 8, 16, 32) for dtype in (torch.float32, torch.bfloat16))
     )

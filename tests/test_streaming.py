@@ -168,6 +168,7 @@ class Uses(nn.Module):
         self.chosen = nn.Parameter(torch.randn(12, 6))
         self.shared = nn.Linear(6, 6)
         self.head = nn.Linear(6, 2)
+        self.twice = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, ids):
         x = self.table(ids) + self.weighed(ids)  # [B, 4, 6]
@@ -180,6 +181,7 @@ class Uses(nn.Module):
         h = self.start.repeat(len(ids), 1)  # [B, 6], of no sample yet
         for step in x.unbind(1):
             h = (self.shared(h) + step).tanh()
+        h = h + F.linear(h, self.twice, self.twice[0]).tanh()  # two parts of one parameter in one operation
         return self.head(self.normed(h) + F.linear(h, self.shared.weight.T))
 
 
@@ -709,6 +711,46 @@ def test_coarse_groups_have_no_slab():
     one_batch(model, tasks, streamed.translator_losses, inputs, torch.arange(12) % 4)
     largest = max(slot.numel for slot in tasks.groups.parameters)
     assert len(tasks._arena._memory) <= 4 * largest + 64
+
+
+class Lookup(nn.Module):
+    """A large table of which few rows are looked up, beside parameters that are whole."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.words = nn.ModuleDict({"table": nn.Embedding(500, 6, padding_idx=3), "norm": nn.LayerNorm(6)})
+        self.head = nn.Linear(6, 4)
+        self.tied = tied
+
+    def forward(self, ids):
+        x = self.words["norm"](checkpoint(self.words["table"], ids, use_reentrant=False)).mean(1)
+        if self.tied:
+            x = x + (x @ self.words["table"].weight[:40].T).tanh() @ self.words["table"].weight[7:47]
+        return self.head(x)
+
+
+def lookup_inputs(num_samples, generator):
+    ids = torch.randint(500, (num_samples, 4), generator=generator)
+    ids[:, 0] = torch.randint(3, 5, (num_samples,), generator=generator)
+    return [ids, torch.randn(num_samples, 4, generator=generator)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_an_embedding_costs_the_rows_that_were_looked_up(granularity, tied):
+    torch.manual_seed(0)
+    model = Lookup(tied)
+    check_steps(model, streamed.tower_losses, lookup_inputs, 4, granularity=granularity)
+    tasks = gvk.TaskGradients(model, named(3), granularity)
+    inputs = lookup_inputs(9, torch.Generator().manual_seed(0))
+    for _ in range(2):
+        model.words["table"].weight.grad = torch.full((500, 6), torch.nan)  # what was there is not seen
+        one_batch(model, tasks, streamed.tower_losses, inputs, draw_tasks(3, 9, 0))
+        untouched = torch.ones(500, dtype=torch.bool)
+        untouched[inputs[0]] = False
+        assert tied or not bool(model.words["table"].weight.grad[untouched].any())
+    whole = 3 * 500 * 6
+    assert (len(tasks._arena._memory) > whole) if tied else (len(tasks._arena._memory) < whole / 4)
 
 
 # -------------------------------------------------------------------------------------------------- task_mean_loss

@@ -15,8 +15,9 @@ from ..groups import gradient_stride
 from . import rules, samples
 from .samples import Lost, Samples, Tracker, name_of, tensors_in
 from .sinks import Sink
+from .slab import Part
 from .task_rows import TaskRows
-from .uses import Part, Use
+from .uses import Use
 
 
 class Capture(TorchFunctionMode):
@@ -149,6 +150,7 @@ class Capture(TorchFunctionMode):
         parameters: Sequence[torch.Tensor | None],
         saved: Sequence[torch.Tensor],
         grads: rules.Grads,
+        looked_up: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``out``, which was computed with ``parameters`` detached, so that their gradients are delivered by ``grads``.
 
@@ -158,10 +160,14 @@ class Capture(TorchFunctionMode):
             parameters: what :meth:`shared` is true of gets gradients; the others are passed over.
             saved: what ``grads`` needs of the operands.
             grads: see ``gradvac_kernels.streaming.rules.Grads``.
+            looked_up: the rows of an embedding that have a gradient, for rules that take a ``Table``.
         """
         wanted = [parameter if self.shared(parameter) else None for parameter in parameters]
         if not torch.is_grad_enabled() or not any(parameter is not None for parameter in wanted):
             return out
+        for parameter in wanted:
+            if parameter is not None:
+                self._announce(parameter, looked_up)
         expanded = any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride()))
         if out._is_view() and not expanded:
             out = torch.ops.aten._unsafe_view(out, out.shape)  # a view cannot be marked, and this one is nobody's
@@ -170,6 +176,15 @@ class Capture(TorchFunctionMode):
         out = _Tap.apply(out, self, place, grads, wanted, kept, not expanded, *present)
         self.tracker.note(out, place)
         return out
+
+    def _announce(self, value: torch.Tensor, looked_up: torch.Tensor | None) -> None:
+        """What of its parameters a use will need."""
+        part = self._part(value)
+        if part is None:
+            for index in self._made_of(value):
+                self._sink.announce(index, None)
+        else:
+            self._sink.announce(part.parameter, looked_up if value.is_leaf else None)
 
     # ---------------------------------------------------------------------------------------------------- backward
 

@@ -17,13 +17,14 @@ import torch
 from torch.nn import functional as F
 
 from .samples import Samples, aligned, is_pointwise, name_of, tensors_in
+from .slab import Table
 from .task_rows import TaskRows
 
 if TYPE_CHECKING:
     from .capture import Capture
 
 Saved = Sequence[torch.Tensor]
-Into = Sequence[torch.Tensor | None]
+Into = Sequence[Any]  # of torch.Tensor | None; an embedding's may be a Table
 Grads = Callable[[TaskRows, Saved, torch.Tensor, int, Into], None]
 """``grads(rows, saved, grad, dim, into)`` adds, for each parameter i of a use, the gradient of task t to
 ``into[i][t]`` (None: not wanted), from what was saved and the gradient of the tapped tensor, whose samples lie along
@@ -165,7 +166,8 @@ def _embedding(capture: Capture, function: Callable[..., Any], args: Any, kwargs
     out = F.embedding(ids, capture.plain(weight), padding, max_norm, norm_type)
     padding = None if padding is None else padding % len(weight)
     saved = [ids, _one_by_frequency(ids, samples, weight)] if by_frequency else [ids]
-    return capture.tap(out, samples, [weight], saved, functools.partial(_embedding_grads, padding=padding))
+    grads = functools.partial(_embedding_grads, padding=padding)
+    return capture.tap(out, samples, [weight], saved, grads, looked_up=ids)
 
 
 def _one_by_frequency(ids: torch.Tensor, samples: Samples, weight: torch.Tensor) -> torch.Tensor:
@@ -183,11 +185,15 @@ def _embedding_grads(
         return
     if scale:
         grad = grad * scale[0][..., None]
+    if padding is not None:
+        grad = grad.masked_fill((ids == padding)[..., None], 0.0)
+    if isinstance(weight, Table):
+        ids = torch.searchsorted(weight.rows, ids)
     ids, ys = rows.arranged(ids, dim), rows.arranged(grad, dim)
-    for row, its, values in zip(weight, rows.split(ids), rows.split(ys)):
+    for row, its, values in zip(
+        weight.memory if isinstance(weight, Table) else weight, rows.split(ids), rows.split(ys)
+    ):
         its, values = its.flatten(), _matrix(values).to(row.dtype)
-        if padding is not None:
-            values = values.masked_fill((its == padding)[:, None], 0.0)
         if row.device.type == "cpu":
             row.index_add_(0, its, values)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,8 @@ from .. import ops
 from ..groups import ParameterGroups
 from ..result import Vaccination
 from .arena import Arena
-from .uses import Part, Use
+from .slab import Part, Slab, view_of
+from .uses import Use
 
 
 class Sink(Protocol):
@@ -19,6 +21,9 @@ class Sink(Protocol):
 
     fired: set[int]
     """Parameters whose gradients are complete."""
+
+    def announce(self, parameter: int, looked_up: torch.Tensor | None) -> None:
+        """In the forward pass: a use of the parameter, of these rows of it only, or of all."""
 
     def expect(self, parameters: Sequence[int]) -> None:
         """The parameters whose gradients a backward that begins now will complete."""
@@ -45,6 +50,9 @@ class BufferSink:
         self._groups = groups
         self._grads = grads
 
+    def announce(self, parameter: int, looked_up: torch.Tensor | None) -> None:
+        """The buffer has all columns."""
+
     def expect(self, parameters: Sequence[int]) -> None:
         """Any number of times."""
 
@@ -60,12 +68,6 @@ class BufferSink:
 
     def _view(self, part: Part) -> torch.Tensor:
         return view_of(self._grads, part, self._groups.parameters[part.parameter].offset)
-
-
-def view_of(slab: torch.Tensor, part: Part, column: int) -> torch.Tensor:
-    """``[T, *part.size]``: a part of a parameter that begins at a column of a slab ``[T, P]``."""
-    offset = slab.storage_offset() + column + part.offset
-    return slab.as_strided((len(slab), *part.size), (slab.stride(0), *part.stride), offset)
 
 
 class StreamSink:
@@ -106,8 +108,9 @@ class StreamSink:
         self._task_ids = task_ids
         self._result = result
         self._arena = arena
-        self._open: dict[int, torch.Tensor] = {}  # by group: its slab
-        self._begun: set[int] = set()  # parameters whose columns of the slab are not what was left there
+        self._open: dict[int, Slab] = {}  # by group
+        self._announced: dict[int, list[torch.Tensor] | None] = {}  # by parameter: rows of an embedding; None: all
+        self._looked_up: dict[int, torch.Tensor] = {}  # by parameter, once its slab was opened: these rows
         self._pending: dict[int, set[int]] = {}  # by group: parameters that this backward will complete
         self._uses: dict[int, list[Use]] = {}  # by parameter of a coarse group
         self._dense: dict[int, torch.Tensor] = {}  # by parameter of a coarse group: [T, *shape]
@@ -115,24 +118,31 @@ class StreamSink:
         for index, slot in enumerate(groups.parameters):
             self._members[slot.group].append(index)
 
+    def announce(self, parameter: int, looked_up: torch.Tensor | None) -> None:
+        if parameter in self._looked_up:  # again, by a checkpoint that recomputes
+            if looked_up is None or not bool(torch.isin(looked_up, self._looked_up[parameter]).all()):
+                raise self._late(parameter)
+        elif looked_up is None:
+            self._announced[parameter] = None
+        else:
+            rows = self._announced.setdefault(parameter, [])
+            if rows is not None:
+                rows.append(looked_up)
+
     def expect(self, parameters: Sequence[int]) -> None:
         for index in parameters:
             slot = self._groups.parameters[index]
             if slot.group in self._found:
-                raise RuntimeError(
-                    f"batch: expected one backward, and each group's parameters in it once, got another gradient of "
-                    f"{slot.name!r} after its group was vaccinated; several backwards need batch(..., keep=True), "
-                    "activation checkpointing needs use_reentrant=False"
-                )
+                raise self._late(index)
             self._pending.setdefault(slot.group, set()).add(index)
 
     def add(self, use: Use) -> None:
         now = [part is not None and self._group_of(part) not in self._coarse for part in use.parts]
         if any(now):
             use.add([self._view(part) if wanted and part else None for part, wanted in zip(use.parts, now)])
-        for part, wanted in zip(use.parts, now):
-            if part is not None and not wanted:
-                self._uses.setdefault(part.parameter, []).append(use)
+        kept = {part.parameter for part, wanted in zip(use.parts, now) if part is not None and not wanted}
+        for index in kept:
+            self._uses.setdefault(index, []).append(use)
 
     def add_row(self, parameter: int, row: int, grad: torch.Tensor) -> None:
         slot = self._groups.parameters[parameter]
@@ -171,36 +181,33 @@ class StreamSink:
             self._found[group] = self._finish_coarse(group, out)
             return
         slab = self._slab(group)
-        for index in self._members[group]:
-            if index not in self._begun:
-                slot = self._groups.parameters[index]
-                self._view(Part(index, slot.shape, slot.stride, 0))  # no task used it
-        self._found[group] = self._step.vaccinate(slab, self._slabs[group], self._task_ids, out)
-        self._arena.give_back(self._open.pop(group).flatten())
+        update = slab.result(out)
+        found = self._step.vaccinate(slab.grads, slab.groups, self._task_ids, update)
+        slab.spread(update, out)
+        slab.release()
+        del self._open[group]
+        self._found[group] = found._replace(gradient=out)
 
     def _finish_coarse(self, group: int, out: torch.Tensor) -> Vaccination:
         G = torch.zeros(1, self._num_tasks, self._num_tasks, dtype=torch.float64, device=out.device)
-        for index in self._members[group]:
-            slot = self._groups.parameters[index]
+        members = list(zip(self._members[group], self._slabs[group].parameters))
+        for index, slot in members:
             uses = self._uses.get(index, ())
             if not uses and index not in self._dense:
                 continue
-            memory = self._arena.take(self._num_tasks * slot.numel)
-            slab = memory.view(self._num_tasks, slot.numel)
+            alone = ParameterGroups((slot.name,), (0, slot.numel), (slot.numel,), 0, (replace(slot, offset=0),))
+            slab = Slab(alone, [index], self._rows_of([index]), self._num_tasks, self._arena)
             if index in self._dense:
-                slab.copy_(self._dense[index])
-            else:
-                slab.zero_()
+                slab.grads.copy_(self._dense[index])
             for use in uses:
-                use.add([view_of(slab, part, 0) if part and part.parameter == index else None for part in use.parts])
-            G += ops.gram(slab, ParameterGroups.from_sizes({slot.name: slot.numel}))
-            self._arena.give_back(memory)
+                use.add([slab.view(part) if part and part.parameter == index else None for part in use.parts])
+            G += ops.gram(slab.grads, slab.groups)
+            slab.release()
         found = self._step.weigh(G, self._slabs[group], self._task_ids, out.dtype)
         weights = found.weights[0]
         out.zero_()
-        for index in self._members[group]:
-            slot = self._groups.parameters[index]
-            row = self._result[slot.offset : slot.offset + slot.numel].unsqueeze(0)
+        for index, slot in members:
+            row = out[slot.offset : slot.offset + slot.numel].unsqueeze(0)
             if index in self._dense:
                 row += (weights @ self._dense.pop(index).to(weights.dtype)).to(row.dtype)
             for use in self._uses.pop(index, ()):
@@ -212,17 +219,27 @@ class StreamSink:
     def _group_of(self, part: Part) -> int:
         return self._groups.parameters[part.parameter].group
 
-    def _slab(self, group: int) -> torch.Tensor:
+    def _slab(self, group: int) -> Slab:
         if group not in self._open:
-            columns = self._slabs[group].numel
-            self._open[group] = self._arena.take(self._num_tasks * columns).view(self._num_tasks, columns)
+            members = self._members[group]
+            rows = self._rows_of(members)
+            self._open[group] = Slab(self._slabs[group], members, rows, self._num_tasks, self._arena)
         return self._open[group]
 
-    def _view(self, part: Part) -> torch.Tensor:
-        slot = self._groups.parameters[part.parameter]
-        slab = self._slab(slot.group)
-        column = slot.offset - self._groups.offsets[slot.group]
-        if part.parameter not in self._begun:  # not the whole slab at once: these columns are in the cache then
-            self._begun.add(part.parameter)
-            slab[:, column : column + slot.numel].zero_()
-        return view_of(slab, part, column)
+    def _view(self, part: Part) -> Any:
+        return self._slab(self._group_of(part)).view(part)
+
+    def _rows_of(self, members: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Of the embeddings among these of which no more than half can have been looked up: those rows."""
+        for index in members:
+            ids, slot = self._announced.get(index), self._groups.parameters[index]
+            if ids and 2 * sum(some.numel() for some in ids) <= slot.shape[0] and slot.stride == (slot.shape[1], 1):
+                self._looked_up[index] = torch.cat([some.flatten() for some in ids]).unique()
+        return {index: self._looked_up[index] for index in members if index in self._looked_up}
+
+    def _late(self, parameter: int) -> RuntimeError:
+        return RuntimeError(
+            f"batch: expected one backward, and each group's parameters in it once, got another gradient of "
+            f"{self._groups.parameters[parameter].name!r} after its group was vaccinated; several backwards need "
+            "batch(..., keep=True), activation checkpointing needs use_reentrant=False"
+        )

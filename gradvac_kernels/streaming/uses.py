@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from .rules import Grads, Into
 from .samples import Samples
+from .slab import Part
 from .task_rows import TaskRows
-
-
-class Part(NamedTuple):
-    """A parameter of the model, or a view of it, as strides in the parameter's own memory."""
-
-    parameter: int  # index among groups.parameters
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
 
 
 @dataclass(frozen=True)
