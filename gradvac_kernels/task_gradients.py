@@ -21,29 +21,35 @@ Method = Callable[..., Vaccination]
 class TaskGradients:
     """Multi-task gradients of a model, vaccinated into its ``.grad``.
 
-    The short way, one backward a task::
+    One mixed batch of all tasks, one forward, one backward (see :meth:`batch`)::
 
         tasks = TaskGradients(model, tasks=["de", "fr", "hi"])
         optimizer.zero_grad()
-        tasks.backward({"de": loss_de, "hi": loss_hi})
+        with tasks.batch(task_of_sample):
+            task_mean_loss(losses_of_samples(model(x), y), task_of_sample).backward()
         optimizer.step()
 
-    The long way, for mixed precision and accumulation over micro-batches::
+    One backward a task, into a buffer of T x P numbers::
+
+        tasks.backward({"de": loss_de, "hi": loss_hi})
+
+    The long way, for any loop around the buffer::
 
         with tasks.task("de"):
             scaler.scale(loss_de).backward()
         ...
         tasks.apply()
 
-    Autograd accumulates straight into the buffer's row of the task, and ``.grad`` becomes a view of its result: the
-    buffer is the only copy. A parameter that one task does not use counts as zero in that task's gradient; one that no
-    task used keeps ``.grad = None``, so that the optimizer passes over it. ``apply`` replaces what ``.grad`` held.
+    Gradients are accumulated where the kernels read them, and ``.grad`` becomes a view of the result: nothing is copied.
+    A parameter that one task does not use counts as zero in that task's gradient; one that no task used keeps
+    ``.grad = None``, so that the optimizer passes over it. What ``.grad`` held is replaced.
 
     Args:
         model: its trainable parameters must have one dtype and one device.
         tasks: the names of the N tasks; a step need not have all of them.
         granularity: see :meth:`ParameterGroups.from_model`.
-        method: called as ``method(grads, groups, task_ids=, out=)``; None means ``GradVac()``.
+        method: called as ``method(grads, groups, task_ids=, out=)``, and for :meth:`batch` through ``in_parts`` (see
+            :meth:`GradVac.in_parts`); None means ``GradVac()``.
         reduction: ``"sum"`` (Algorithm 1) or ``"mean"`` (divided by the number of tasks in the step).
 
     Attributes:

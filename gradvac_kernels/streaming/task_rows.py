@@ -44,16 +44,19 @@ class TaskRows:
         """
         if into.stride(2) != 1:
             return self.add_products(right, left, into.transpose(1, 2))
-        left, right = left.to(into.dtype), right.to(into.dtype)
-        if self.equal:
+        short = _short_type(left, right, into)
+        left, right = left.to(short or into.dtype), right.to(short or into.dtype)
+        if self.equal and short is None:
             tall = (len(self.counts), -1)
             into.baddbmm_(left.unflatten(0, tall).transpose(1, 2), right.unflatten(0, tall))
             return None
         length = len(left) // max(1, len(self.rows))
         counts = [count * length for count in self.counts]
         for row, a, b in zip(into, left.split(counts), right.split(counts)):
-            if len(a):
+            if len(a) and short is None:
                 row.addmm_(a.T, b)
+            elif len(a):
+                row += torch.mm(a.T, b, out_dtype=row.dtype)
         return None
 
     def add_sums(self, values: torch.Tensor, into: torch.Tensor) -> None:
@@ -74,6 +77,13 @@ class TaskRows:
         for row, part in zip(into, self.split(values)):
             if len(part):
                 row += part.sum(0)
+
+
+def _short_type(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> torch.dtype | None:
+    """16 bits, where a GPU multiplies in these and sums in float32: under autocast."""
+    if not into.is_cuda or into.dtype != torch.float32 or "dtype" not in torch.ops.aten.mm.overloads():
+        return None
+    return next((t.dtype for t in (left, right) if t.dtype in (torch.bfloat16, torch.float16)), None)
 
 
 def _sum_broadcast(values: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
