@@ -40,8 +40,8 @@ class TaskGradients:
         ...
         tasks.apply()
 
-    Gradients are accumulated where the kernels read them, and ``.grad`` becomes a view of the result: nothing is copied.
-    A parameter that one task does not use counts as zero in that task's gradient; one that no task used keeps
+    Gradients are accumulated where the kernels read them, and ``.grad`` becomes a view of the result: no copies. A
+    parameter that one task does not use counts as zero in that task's gradient; one that no task used keeps
     ``.grad = None``, so that the optimizer passes over it. What ``.grad`` held is replaced.
 
     Args:
