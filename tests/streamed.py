@@ -2,12 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import gradvac_kernels as gvk
-from gradvac_kernels.demo.model import Translator
 
 BETA = 0.2
 TOLERANCE = {
@@ -155,6 +155,9 @@ def tower_losses(model, inputs):
 
 
 def translator():
+    pytest.importorskip("babel", reason="the demo's extra is not installed")
+    from gradvac_kernels.demo.model import Translator
+
     torch.manual_seed(0)
     return Translator(40, width=32, heads=2, hidden=48)
 

@@ -198,6 +198,63 @@ def test_parameters_in_every_other_place(granularity):
     check_steps(Uses(), losses_of, inputs_of, 4, granularity=granularity)
 
 
+LATER = torch.ones(5, 5, dtype=torch.bool).triu(1)
+PADDING = torch.tensor([[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]] * 3).bool()  # [9, 5]
+OWN = torch.randn(18, 5, 5, generator=torch.Generator().manual_seed(0))  # [B * heads, L, L]
+ATTENTIONS = {
+    "plain": ({}, {}),
+    "weights": ({}, {"need_weights": True}),
+    "causal": ({}, {"attn_mask": LATER, "is_causal": True}),
+    "causal and padded": ({}, {"attn_mask": LATER, "is_causal": True, "key_padding_mask": PADDING}),
+    "masked": ({}, {"attn_mask": LATER}),
+    "masked by numbers": ({}, {"attn_mask": OWN[0], "key_padding_mask": -3.0 * PADDING}),
+    "masked by head": ({}, {"attn_mask": OWN}),
+    "masked by head and padded": ({}, {"attn_mask": OWN > 2, "key_padding_mask": PADDING}),
+    "padded": ({}, {"key_padding_mask": PADDING}),
+    "no bias": ({"bias": False}, {"key_padding_mask": PADDING}),
+    "other widths": ({"kdim": 3, "vdim": 3}, {}),
+    "biases of keys": ({"add_bias_kv": True, "add_zero_attn": True}, {}),
+    "batch second": ({"batch_first": False}, {"attn_mask": LATER, "key_padding_mask": PADDING}),
+}
+
+
+@pytest.mark.parametrize("crossed", [False, True])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_way_to_attend(name, crossed):
+    """Against torch's own, which is what one backward a task runs."""
+    settings, masks = ATTENTIONS[name]
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(6, 4)
+            self.attention = nn.MultiheadAttention(4, 2, **{"batch_first": True} | settings)
+
+        def forward(self, x, which):
+            x = self.first(x)
+            y = x.roll(1, -1)[..., : settings.get("kdim", 4)] if crossed or "kdim" in settings else x
+            given = {"need_weights": False} | masks
+            for mask, rows in (("key_padding_mask", 1), ("attn_mask", 2)):  # of these samples
+                if mask in given and len(given[mask]) == 9 * rows:
+                    given[mask] = given[mask].unflatten(0, (9, rows))[which].flatten(0, 1)
+                if mask in given and given[mask].is_floating_point():
+                    given[mask] = given[mask].to(x.dtype)
+            if not self.attention.batch_first:
+                x, y = x.transpose(0, 1), y.transpose(0, 1)
+            out = self.attention(x, x if y is x else y, y, **given)[0]
+            return out if self.attention.batch_first else out.transpose(0, 1)
+
+    def losses_of(model, inputs):
+        return (model(*inputs[:2]) - inputs[2]).square().mean((1, 2))
+
+    def inputs_of(n, generator):
+        aims = 3 * torch.randn(n, 1, 4, generator=generator)
+        return [torch.randn(n, 5, 6, generator=generator), torch.arange(n), aims]
+
+    torch.manual_seed(0)
+    check_steps(Attends(), losses_of, inputs_of, 2)
+
+
 def test_a_custom_operator_with_its_rule():
     @torch.library.custom_op("gradvac_tests::scaled", mutates_args=())
     def scaled(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -718,12 +775,14 @@ class Lookup(nn.Module):
 
     def __init__(self, tied):
         super().__init__()
+        self.first = nn.Linear(6, 6)  # so that the table's is not the first group, whose orders are those of no group
         self.words = nn.ModuleDict({"table": nn.Embedding(500, 6, padding_idx=3), "norm": nn.LayerNorm(6)})
         self.head = nn.Linear(6, 4)
         self.tied = tied
 
     def forward(self, ids):
         x = self.words["norm"](checkpoint(self.words["table"], ids, use_reentrant=False)).mean(1)
+        x = self.first(x)
         if self.tied:
             x = x + (x @ self.words["table"].weight[:40].T).tanh() @ self.words["table"].weight[7:47]
         return self.head(x)
@@ -758,6 +817,7 @@ def test_an_embedding_costs_the_rows_that_were_looked_up(granularity, tied):
 
 @pytest.mark.parametrize("batch_dim", [0, 1])
 def test_task_mean_loss(batch_dim):
+    torch.manual_seed(0)
     losses = torch.rand(5, 3, dtype=torch.float64)
     weights = torch.rand(5, 3, dtype=torch.float64).round()
     weights[1] = 0.0
