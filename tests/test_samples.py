@@ -123,7 +123,17 @@ LOSING = {
     "layer norm": lambda x: F.layer_norm(x, (B, L, D)),
     "batch norm": lambda x: F.batch_norm(x, torch.zeros(L), torch.ones(L)).logcumsumexp(0),
     "unknown": lambda x: torch.fft.fft(x, dim=0).real,
-    "written over others": lambda x: _written_over(x),
+    "not as it is read": lambda x: torch.addmm(input=x[:, 0], mat1=x[:, 1], mat2=random(D, D)),
+    "flip": lambda x: torch.flip(x, dims=(1, 0)),
+    "flip one": lambda x: x.flip([0]),
+    "roll": lambda x: torch.roll(x, 1, dims=0),
+    "roll all": lambda x: x.roll(1),
+    "pad samples": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
+    "table of samples": lambda x: F.embedding(ORDER, x[:, 0]),
+    "kernel of samples": lambda x: F.conv1d(random(2, L, D), x[:, :, :3]),
+    "weight of samples": lambda x: F.linear(x[:, 0], x[:, 1]),
+    "written in part": lambda x: _written_in_part(x),
+    "chosen by a list": lambda x: _by_list(x),
     "attention over samples": lambda x: F.scaled_dot_product_attention(x.transpose(0, 1), *[x.transpose(0, 1)] * 2),
     "linear over samples": lambda x: F.linear(x.movedim(0, -1), random(5, B)),
     "sorted": lambda x: x.sort(0).values,
@@ -131,10 +141,29 @@ LOSING = {
 }
 
 
-def _written_over(x):
-    out = x.clone()
-    out[:2] = x[2:]
+def _written_in_part(x):
+    out = torch.zeros(B, L, D)
+    out[:, 0].copy_(x[:, 1])
     return out
+
+
+def _by_list(x):
+    return random(6, 7).requires_grad_()[x.argmax(-1)[:, 0], [0, 1, 2, 3]]
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x.__setitem__(slice(0, 2), x[2:].clone()),
+        lambda x: x[:].copy_(x.clone().flip([0])),
+        lambda x: x[:1].add_(x[1:2].clone()),
+        lambda x: x.transpose_(0, 1),
+    ],
+)
+def test_samples_are_not_moved_in_place(operation):
+    """Views of them, or what they are a view of, would be placed wrongly."""
+    with pytest.raises(ValueError, match="in place"):
+        follow(lambda x: operation(x * 1), random(B, L, D).requires_grad_(), torch.arange(B))
 
 
 class Nowhere:
@@ -205,29 +234,84 @@ def test_what_is_made_inside_has_no_samples():
         assert place is None
 
 
-def test_a_batch_put_together_inside_is_one_from_outside():
+def test_a_batch_put_together_inside_is_none():
+    """What is made here may be anything, such as positions: if it is used as samples, the backward says so."""
     lines = [random(L) for _ in range(B)]
     for operation in (
         lambda x: torch.tensor([[1.0, 2.0]] * B),
+        lambda x: torch.arange(B),
+        lambda x: torch.stack([torch.arange(B), torch.arange(B)], 1),
+        lambda x: torch.cat([torch.arange(B).sin()[:, None], torch.arange(B).cos()[:, None]], 1),
         lambda x: torch.stack(lines),
         lambda x: nn.utils.rnn.pad_sequence([torch.tensor([1] * (i + 1)) for i in range(B)], batch_first=True),
-        lambda x: nn.utils.rnn.pad_sequence([random(B) for _ in range(B)], batch_first=True),
-        lambda x: torch.cat([line[None] for line in lines]),
     ):
-        _, place = follow(operation, random(B, L, D), torch.arange(B))
-        assert place.dim == 0
-        assert torch.equal(place.rows, torch.arange(B))
-    for operation in (lambda x: torch.tensor([1.0, 2.0]), lambda x: torch.tensor(3.0), lambda x: torch.zeros(B)):
         assert follow(operation, random(B, L, D), torch.arange(B))[1] is None
 
 
 def test_batches_or_samples_of_the_same_size_are_not_told_apart():
     square = [random(B) for _ in range(B)]  # as long as there are samples
-    _, place = follow(lambda x: torch.stack(square), random(B, L, D), torch.arange(B))
-    assert isinstance(place, Lost)
+    assert isinstance(follow(lambda x: torch.stack(square), random(B, L, D), torch.arange(B))[1], Lost)
     batches = [random(B, D), random(B, D)]
     assert follow(lambda x: torch.stack(batches), random(B, L, D), torch.arange(B))[1].dim == 1
     assert follow(lambda x: torch.cat(batches, 1), random(B, L, D), torch.arange(B))[1].dim == 0
+
+
+class Seen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class Unseen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.from_numpy(x.detach().numpy().copy())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_what_is_not_seen_is_placed_only_where_there_is_no_doubt():
+    rows = torch.arange(B)
+    x = random(B, L, D).requires_grad_()
+    square = random(B, B, D).requires_grad_()
+    assert follow(lambda x: Seen.apply(x.transpose(0, 1) * 1), square, rows)[1].dim == 1
+    assert follow(lambda x: Unseen.apply(x * 1), x, rows)[1].dim == 0
+    assert isinstance(follow(lambda x: Unseen.apply(x.transpose(0, 1) * 1), x, rows)[1], Lost)
+    outside = Unseen.apply(x)
+    assert follow(lambda x: outside * 1, x, rows)[1].dim == 0
+    turned = Unseen.apply(square).transpose(0, 1)
+    assert isinstance(follow(lambda x: turned * 1, x, rows)[1], Lost)
+    unknown = follow(lambda x: torch.fft.fft(x.transpose(0, 1), dim=-1).real, random(B, B, D), rows)[1]
+    assert isinstance(unknown, Lost)
+    assert follow(lambda x: torch.as_tensor(x.transpose(0, 1)), square, rows)[1].dim == 1
+    positions = random(B, D).requires_grad_()  # of as many positions as there are samples
+    assert isinstance(follow(lambda x: x + positions * 1, random(B, B, D), rows)[1], Lost)
+    elsewhere = nn.Parameter(random(B, D))
+    assert follow(lambda x: x * 1 + elsewhere, square, rows)[1].dim == 0
+
+
+def test_casts_and_shapes_take_nothing_from_what_they_follow():
+    rows, x = torch.arange(B), random(B, L, D).requires_grad_()
+    weight = random(1, 1, D).requires_grad_()
+    for operation in (weight.to, weight.type_as, weight.expand_as, lambda x: weight.to(x).expand_as(x)):
+        _, place = follow(lambda x, operation=operation: operation(x * 1), x, rows)
+        assert place is None
+
+
+def test_nothing_is_left_on_tensors():
+    out, _ = follow(lambda x: x * 2, random(B, L, D).requires_grad_(), torch.arange(B))
+    assert "_gradvac_place" in vars(out)
+    weight, kept = nn.Parameter(torch.zeros(1)), []
+    capture = Capture({"weight": weight}, [], torch.arange(B), B, 0, Nowhere())
+    with capture.watch(), capture:
+        kept.append(random(B, L) * 2)
+    assert not vars(kept[0])
 
 
 def test_patterns():

@@ -742,6 +742,155 @@ def test_what_cannot_be_followed_is_refused_by_name():
     refused(inner, lambda: None, "got OptimizedModule 'compiled'")
 
 
+# ------------------------------------------------------------------------------------- what once went wrong in silence
+
+
+def test_other_derivatives_in_the_context_add_nothing():
+    """A saliency, then the backward, are those of the backward alone; what would be of second order is refused."""
+    (buffered, by_task), (model, by_batch) = two(streamed.towers(), 3)
+    ids, inputs = draw_tasks(3, 9, 0), streamed.tower_inputs(9, torch.Generator().manual_seed(0))
+    one_backward_a_task(buffered, by_task, streamed.tower_losses, inputs, ids)
+    with by_batch.batch(ids):
+        x = inputs[0].clone().requires_grad_()
+        (saliency,) = torch.autograd.grad(model(x).sum(), x)
+        assert bool(saliency.any())
+        gvk.task_mean_loss(streamed.tower_losses(model, inputs), ids).backward()
+    check_gradients(model, buffered, by_task.groups)
+    with pytest.raises(ValueError, match="first derivatives only"), by_batch.batch(ids):
+        torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match=r"got torch\.autograd\.grad of a parameter"), by_batch.batch(ids):
+        torch.autograd.grad(model(x).sum(), model.head.weight)
+
+
+def test_backward_for_some_parameters_only():
+    (buffered, by_task), (model, by_batch) = two(streamed.towers(), 3, "all_matrix")
+    ids, inputs = draw_tasks(3, 9, 0), streamed.tower_inputs(9, torch.Generator().manual_seed(0))
+    one_backward_a_task(buffered, by_task, streamed.tower_losses, inputs, ids)
+    with by_batch.batch(ids):
+        loss = gvk.task_mean_loss(streamed.tower_losses(model, inputs), ids)
+        loss.backward(inputs=[model.body[0].weight])
+    assert torch.allclose(model.body[0].weight.grad, buffered.body[0].weight.grad, rtol=1e-5)
+    assert model.head.weight.grad is None
+    assert model.body[0].bias.grad is None
+
+
+def test_a_graph_of_an_earlier_context_is_refused():
+    model, tasks, ids, inputs, _ = ready()
+    with tasks.batch(ids):
+        loss = streamed.tower_losses(model, inputs).sum()
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="in the context of the forward"):
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="in the context of the forward"), tasks.batch(ids):
+        loss.backward()
+
+
+def test_a_layer_inside_and_outside_a_reentrant_checkpoint():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.last(checkpoint(self.first, self.first(x).tanh(), use_reentrant=True))
+
+    torch.manual_seed(0)
+    check_steps(Twice(), streamed.tower_losses, streamed.tower_inputs, 3)
+
+
+class Casts(nn.Module):
+    """Parameters that are brought to a type or a shape, views that overlap or have no unit stride, and written ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(1, 1, 6))
+        self.band = nn.Parameter(torch.randn(69))
+        self.tall = nn.Parameter(torch.randn(6, 12, 2))
+        self.norm = nn.Parameter(torch.randn(6))
+        self.fill = nn.ParameterDict({"value": torch.randn(()), "row": torch.randn(6)})
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = torch.cat([self.first.to(x).expand(len(x), -1, -1), x[:, None].expand(-1, 2, -1)], 1)  # [B, 3, 6]
+        h = F.layer_norm(h, (6,), self.norm.type_as(h))
+        h = torch.cat([h] * 11, -1)[..., :64] @ self.band.unfold(0, 64, 1).T  # [B, 3, 6]
+        h = h + F.linear(h.tanh(), self.tall[:, ::2, 0]) + F.linear(input=h, weight=self.tall[:, 6:, 1].type_as(h))
+        h = h.masked_fill(h > 1, self.fill.value)
+        h[:, 0] = self.fill.row
+        h[x[:, 0] > 0.5, 1] = self.fill.row.tanh()
+        return self.head(h.sum(1))
+
+
+@pytest.mark.parametrize("granularity", ["all_layer", "whole_model"])
+def test_casts_overlaps_and_writes(granularity):
+    torch.manual_seed(0)
+    check_steps(Casts(), streamed.tower_losses, streamed.tower_inputs, 3, granularity=granularity)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpoints_of_computed_parameters(use_reentrant):
+    """What is recomputed, is recomputed under the same eyes."""
+
+    class Computed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = nn.Parameter(torch.randn(6))
+            self.mixing = nn.Parameter(torch.randn(6, 6))
+            self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+            self.head = nn.Linear(6, 4)
+
+        def block(self, x):
+            return self.normed(torch.einsum("bi,ij->bj", x * self.gate.exp(), self.mixing)).tanh()
+
+        def forward(self, x):
+            return self.head(checkpoint(self.block, x.requires_grad_(), use_reentrant=use_reentrant))
+
+    torch.manual_seed(0)
+    check_steps(Computed(), streamed.tower_losses, streamed.tower_inputs, 3)
+
+
+def test_t5_with_gradient_checkpointing():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, use_cache=False))
+    model.gradient_checkpointing_enable()
+    model.train()
+
+    def losses_of(model, inputs):
+        return streamed.next_token_losses(model(input_ids=inputs[0], labels=inputs[1]).logits, inputs[1])
+
+    check_steps(model, losses_of, lambda n, g: list(torch.randint(2, 50, (2, n, 6), generator=g)), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_forward_pass_is_the_same(dtype):
+    """RMSNorm's own epsilon, of small activations, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.RMSNorm(8), nn.LayerNorm(8), nn.Linear(8, 4)).to(dtype)
+    tasks, x = gvk.TaskGradients(model, named(2)), (0.01 * torch.randn(4, 6)).to(dtype)
+    want = model(x)
+    with tasks.batch([0, 1, 0, 1]):
+        found = model(x)
+        assert torch.equal(found, want)
+        found.sum().backward()
+
+
+def test_what_cannot_be_written_in_place_says_so():
+    model, x = nn.Linear(6, 6), torch.randn(4, 6)
+
+    def grown():
+        weight = model.bias.repeat(4, 1)
+        weight += model(x)
+        return weight
+
+    refused(model, grown, "add of samples and parameters out of place, got it in place")
+    model.weight.register_hook(lambda grad: grad * 2)
+    with pytest.raises(ValueError, match="without hooks, got one on 'weight'"):
+        gvk.TaskGradients(model, named(2)).batch([0]).__enter__()
+
+
 # ------------------------------------------------------------------------------------------------------------ memory
 
 

@@ -71,7 +71,7 @@ class PlainSum:
         self._model, self._setting = model, setting
 
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
-        losses = mean_losses(self._model, self._setting, batches)
+        losses = mean_losses(self._model, mixed(self._setting, batches), len(batches))
         losses.sum().backward()
         return losses.detach(), 0.0
 
@@ -119,9 +119,9 @@ class Vaccinated:
 
     def _backward(self, batches: list[list[data.Pair]], keep: bool) -> torch.Tensor:
         if self._capture == "stream":
-            counts = torch.tensor([len(pairs) for pairs in batches])
+            batch, counts = mixed(self._setting, batches), torch.tensor([len(pairs) for pairs in batches])
             with self._tasks.batch(torch.arange(len(batches)).repeat_interleave(counts), keep=keep):
-                losses = mean_losses(self._model, self._setting, batches)
+                losses = mean_losses(self._model, batch, len(batches))
                 losses.sum().backward()
             return losses.detach()
         each = []
@@ -139,14 +139,17 @@ class Vaccinated:
         return cosines
 
 
-def mean_losses(model: Translator, setting: Setting, batches: list[list[data.Pair]]) -> torch.Tensor:
-    """Each language's mean negative log-likelihood of a character ``[T]``, in nats: equally many names of each."""
-    languages = setting.languages
-    batch = setting.vocabulary.batch(
-        [(language, pair) for language, pairs in zip(languages, batches) for pair in pairs]
+def mixed(setting: Setting, batches: list[list[data.Pair]]) -> Batch:
+    """One batch of all languages, one after the other."""
+    return setting.vocabulary.batch(
+        [(language, pair) for language, pairs in zip(setting.languages, batches) for pair in pairs]
     )
-    characters = (batch.target != PAD).view(len(languages), -1).sum(1)  # [T]
-    return model.losses(batch).view(len(languages), -1).sum(1) / characters
+
+
+def mean_losses(model: Translator, batch: Batch, languages: int) -> torch.Tensor:
+    """Each language's mean negative log-likelihood of a character ``[T]``, in nats, of a mixed batch of equal parts."""
+    characters = (batch.target != PAD).view(languages, -1).sum(1)  # [T]
+    return model.losses(batch).view(languages, -1).sum(1) / characters
 
 
 def mean_loss(model: Translator, batch: Batch) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -50,7 +50,8 @@ class Capture(TorchFunctionMode):
         self._sink = sink
         self._rows: dict[tuple[int, torch.device], tuple[Samples, TaskRows]] = {}
         self._within: list[Callable[..., Any]] = []
-        self._graph_tasks: set[int] = set()
+        self._reached: dict[int, frozenset[int]] = {}  # by graph task
+        self._closed = False
         self._accumulators: dict[int, Any] = {}  # of the parameters that are not frozen now
 
     # ----------------------------------------------------------------------------------------------------- forward
@@ -64,7 +65,11 @@ class Capture(TorchFunctionMode):
             return function(*args, **kwargs)
         if kind == "backward":
             return self._inside(function, args, kwargs)
-        known = [(operand, self.tracker.of(operand)) for operand in tensors_in((*args, kwargs) if kwargs else args)]
+        if not args and "input" in kwargs:
+            kwargs = dict(kwargs)
+            args = (kwargs.pop("input"),)
+        given = args[:1] if name in samples.OF_THE_FIRST else (*args, kwargs) if kwargs else args
+        known = [(operand, self.tracker.of(operand)) for operand in tensors_in(given)]
         meeting = (
             torch.is_grad_enabled()
             and any(place is None and self.shared(operand) for operand, place in known)
@@ -197,12 +202,18 @@ class Capture(TorchFunctionMode):
         grad: torch.Tensor,
     ) -> None:
         """The gradient of a tapped tensor has arrived."""
-        self._enter_backward()
+        reached = self._enter_backward()
         rows = self._task_rows(place, grad.device)
-        parts = [None if value is None else self._part(value) for value in wanted]
+        # autograd.grad, and backward(inputs=...), are not for parameters, or not for all
+        parts = [part if part and part.parameter in reached else None for part in map(self._part, wanted)]
         if any(part is not None for part in parts):
             self._sink.add(Use(tuple(parts), grads, rows, saved, grad, place))
-        made = [value if part is None else None for value, part in zip(wanted, parts)]
+        made = [
+            value
+            if value is not None and not self._part(value) and reached.intersection(self._made_of(value))
+            else None
+            for value in wanted
+        ]
         if any(value is not None for value in made):
             into = [value if value is None else value.new_zeros(self._num_tasks, *value.shape) for value in made]
             grads(rows, saved, grad, place.dim, into)
@@ -215,20 +226,21 @@ class Capture(TorchFunctionMode):
         indices = self._made_of(value)
         parameters = [self._parameters[i] for i in indices]
         for row in range(len(grad)):
-            found = torch.autograd.grad(value, parameters, grad[row], retain_graph=True, allow_unused=True)
+            with torch._C._EnableTorchFunction():  # what a checkpoint recomputes is to be seen
+                found = torch.autograd.grad(value, parameters, grad[row], retain_graph=True, allow_unused=True)
             for index, part in zip(indices, found):
                 if part is not None:
                     self._sink.add_row(index, row, part.to_dense() if part.is_sparse else part)
 
-    def _part(self, value: torch.Tensor) -> Part | None:
+    def _part(self, value: torch.Tensor | None) -> Part | None:
         """None where it is not a parameter or a view of one."""
+        if value is None:
+            return None
         parameter = value if value.is_leaf else value._base
         index = self._index.get(id(parameter))
         if index is None or parameter is None or value.dtype != parameter.dtype:
             return None
-        if gradient_stride(parameter) != parameter.stride() or any(
-            n > 1 and not s for n, s in zip(value.shape, value.stride())
-        ):
+        if gradient_stride(parameter) != parameter.stride() or not _is_apart(value):
             return None
         offset = int(value.storage_offset()) - int(parameter.storage_offset())
         return Part(index, tuple(value.shape), value.stride(), offset)
@@ -257,12 +269,22 @@ class Capture(TorchFunctionMode):
             self._rows[key] = (place, TaskRows(place, self._num_tasks, device))  # keeps the pattern: its id is the key
         return self._rows[key][1]
 
-    def _enter_backward(self) -> None:
+    def _enter_backward(self) -> frozenset[int]:
+        """The parameters whose gradients the backward that runs now is to complete."""
+        if self._closed:
+            raise RuntimeError("batch: expected the backward in the context of the forward, got it after that")
         task = torch._C._current_graph_task_id()
-        if task not in self._graph_tasks:
-            self._graph_tasks.add(task)
+        if task not in self._reached:
             will_run = torch._C._will_engine_execute_node
-            self._sink.expect([index for index, node in self._accumulators.items() if will_run(node)])
+            try:
+                reached = frozenset(index for index, node in self._accumulators.items() if will_run(node))
+            except RuntimeError:
+                raise ValueError(
+                    "batch: expected gradients of parameters by a backward, got torch.autograd.grad of a parameter"
+                ) from None
+            self._reached[task] = reached
+            self._sink.expect(sorted(reached))
+        return self._reached[task]
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -281,6 +303,8 @@ class Capture(TorchFunctionMode):
             for hook in hooks:
                 hook.remove()
             self._accumulators.clear()
+            self._closed = True
+            self.tracker.forget()
 
     def _complete(self, index: int, grads: tuple[torch.Tensor | None, ...]) -> None:
         if any(grad is not None for grad in grads):
@@ -326,20 +350,27 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise ValueError("batch: expected first derivatives only, got create_graph=True")
         saved = ctx.saved_tensors  # here, where a checkpoint that recomputes them is seen by the mode
-        with torch._C.DisableTorchFunction(), _plainly(grad.device.type):
-            ctx.capture.deliver(ctx.place, ctx.grads, ctx.wanted, saved, grad.detach())
+        with torch._C.DisableTorchFunction(), _without_autocast(grad.device.type):
+            ctx.capture.deliver(ctx.place, ctx.grads, ctx.wanted, saved, grad)
         return grad, *[None] * (6 + ctx.present)
 
 
-def _plainly(device: str) -> AbstractContextManager[Any]:
-    """Without autocast and without a graph of its own, where these are on."""
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(device):
-        return nullcontext()
-    stack = ExitStack()
-    stack.enter_context(torch.no_grad())
-    stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _is_apart(view: torch.Tensor) -> bool:
+    """No two elements lie in one place."""
+    reach = 0
+    for stride, size in sorted(zip(view.stride(), view.shape)):
+        if size > 1:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return True
 
 
 def is_active() -> bool:

@@ -12,8 +12,14 @@ def check_modules(model: torch.nn.Module) -> None:
     """Refuse what mixes samples or cannot be followed.
 
     Raises:
-        ValueError: a module in training that normalises over the batch, or one that is compiled or distributed.
+        ValueError: a module in training that normalises over the batch, one that is compiled or distributed, or a hook
+            on a parameter's gradient.
     """
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks:
+            raise ValueError(
+                f"model: expected parameters without hooks, got one on {name!r}: there is no gradient to see"
+            )
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from .samples import Samples, aligned, is_pointwise, name_of, tensors_in
+from .samples import Samples, aligned, is_in_place, is_pointwise, name_of, tensors_in
 from .slab import Table
 from .task_rows import TaskRows
 
@@ -226,10 +226,18 @@ def _rms_norm(capture: Capture, function: Callable[..., Any], args: Any, kwargs:
     samples = capture.of(x)
     if not isinstance(samples, Samples) or samples.dim >= x.dim() - len(shape):
         return NotImplemented
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
     out = F.rms_norm(x, shape, capture.plain(weight), eps)
-    normalised = functools.partial(F.rms_norm, normalized_shape=shape, eps=eps)
+    normalised: Normalised = functools.partial(F.rms_norm, normalized_shape=shape, eps=eps)
+    if eps is None:  # what that is depends on the type
+        normalised = functools.partial(_in_type, x.dtype, normalised)
     return capture.tap(out, samples, [weight, None], [x], functools.partial(_scale_grads, normalised=normalised))
+
+
+Normalised = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _in_type(dtype: torch.dtype, normalised: Normalised, tensor: torch.Tensor) -> torch.Tensor:
+    return normalised(tensor.to(dtype)).to(tensor.dtype)
 
 
 @register_rule("group_norm")
@@ -364,12 +372,28 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _pointwise(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """The parameter is broadcast to the samples first, so that its gradient arrives before it is summed over them."""
     operands = list(tensors_in((*args, kwargs)))
-    in_place = getattr(function, "__name__", "").startswith("__i") or getattr(function, "__name__", "").endswith("_")
-    if in_place and capture.shared(args[0]):
+    if is_in_place(function) and capture.shared(args[0]):
         return NotImplemented
     shape = torch.broadcast_shapes(*(operand.shape for operand in operands))
     samples = aligned(capture.deciding(operands), shape)
     return function(*_tapped(capture, args, shape, samples), **_tapped(capture, kwargs, shape, samples))
+
+
+@register_rule("masked_fill")
+def _masked_fill(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if len(args) != 3 or kwargs or not capture.shared(args[2]) or is_in_place(function):
+        return _pointwise(capture, function, args, kwargs)
+    return _pointwise(capture, torch.where, (args[1], args[2], args[0]), {})  # it takes no value of a shape
+
+
+@register_rule("setitem")
+def _setitem(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    tensor, index, value = args
+    region = tensor[index]
+    place = capture.tracker.place_of_part(tensor, index, region)
+    if not capture.shared(value) or not isinstance(place, Samples):
+        return NotImplemented
+    return function(tensor, index, _tap_operand(capture, value, region.shape, place))
 
 
 @register_rule("cat")
@@ -430,6 +454,8 @@ def _part_grads(rows: TaskRows, saved: Saved, grad: torch.Tensor, dim: int, into
 
 def general(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     """Any operation: one vector-Jacobian product a task, through a graph of its own."""
+    if is_in_place(function):
+        raise ValueError(f"batch: expected {name_of(function)} of samples and parameters out of place, got it in place")
     inner: dict[int, torch.Tensor] = {}
     operands = {id(t): t for t in tensors_in((*args, kwargs)) if t.requires_grad}
     with torch.enable_grad():
@@ -462,7 +488,8 @@ def _general_grads(
         if count:
             mine = (rows.rows == t).to(grad.device)
             masked = grad.where(mine.view([-1 if d == dim else 1 for d in range(grad.dim())]), grad.new_zeros(()))
-            found = torch.autograd.grad(out, wanted, masked, retain_graph=True, allow_unused=True)
+            with torch._C._EnableTorchFunction():  # what a checkpoint recomputes is to be seen
+                found = torch.autograd.grad(out, wanted, masked, retain_graph=True, allow_unused=True)
             for target, part in zip(into, found):
                 if target is not None and part is not None:
                     target[t] += part
@@ -481,8 +508,7 @@ class _Around(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if not ctx.inner:
             return None, None
-        with torch._C.DisableTorchFunction():
-            return None, None, *torch.autograd.grad(ctx.out, ctx.inner, grad, retain_graph=True, allow_unused=True)
+        return None, None, *torch.autograd.grad(ctx.out, ctx.inner, grad, retain_graph=True, allow_unused=True)
 
 
 def _replaced(values: Any, inner: dict[int, torch.Tensor]) -> Any:

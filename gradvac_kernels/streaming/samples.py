@@ -2,14 +2,16 @@
 
 A tensor of activations holds its samples along one dimension: the first of ``[B, L, D]``, the second of ``[L, B, D]``,
 the only one of ``[B * L]`` tokens. Parameter gradients can be kept apart by task only where that dimension is known, so
-nothing is guessed from sizes: an operation whose effect on it is not known, or that mixes samples, loses it, and it is
-an error to use a parameter after that.
+it is followed, not guessed: an operation whose effect on it is not known, or that mixes samples, loses it, and it is an
+error to use a parameter after that. Only what comes from outside, such as the model's inputs, is placed by its size,
+where the caller says that samples lie.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -64,9 +66,8 @@ class Samples:
 class Lost:
     """The tensor depends on samples, but which part of it on which is not known; ``reason`` says since when."""
 
-    def __init__(self, reason: str, ambiguous: bool = False) -> None:
+    def __init__(self, reason: str) -> None:
         self.reason = reason
-        self.ambiguous = ambiguous
 
 
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
@@ -82,12 +83,16 @@ _PLAIN_NAMES |= {
 }
 _PLAIN_NAMES |= {"rpow": "pow", "ipow": "pow", "multiply": "mul", "divide": "div", "subtract": "sub", "negative": "neg"}
 _PLAIN_NAMES |= {"floordiv": "floor_divide", "rfloordiv": "floor_divide", "mod": "remainder", "concat": "cat"}
+_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")}
+_IN_PLACE |= {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__"}
 _PLAIN_NAMES |= {"absolute": "abs", "iand": "and", "ior": "or", "rmatmul": "matmul", "concatenate": "cat"}
 
 
 @functools.cache
 def name_of(function: Callable[..., Any]) -> str:
     """``add`` for torch.add, Tensor.add_, Tensor.__iadd__ and torch.ops.aten.add.Tensor; ``get T`` for properties."""
+    if function is torch.nn.functional.unfold:
+        return "im2col"  # Tensor.unfold is another operation
     name = getattr(function, "__name__", "") or type(function).__name__
     if name == "__get__":
         return "get " + function.__self__.__name__  # type: ignore[attr-defined]
@@ -98,6 +103,13 @@ def name_of(function: Callable[..., Any]) -> str:
         if name.endswith("_") and not name.startswith("_"):
             name = name.rstrip("_")
     return _PLAIN_NAMES.get(name, name)
+
+
+@functools.cache
+def is_in_place(function: Callable[..., Any]) -> bool:
+    """It writes to its first argument."""
+    name = getattr(function, "__name__", "").split(".")[0]
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 @functools.cache
@@ -134,6 +146,7 @@ class Tracker:
         self.batch_dim = batch_dim
         self._own = {id(tensor) for tensor in own}
         self._outside = Pattern(rows)
+        self._noted: list[weakref.ref[torch.Tensor]] = []
         self._seen: dict[tuple[Any, ...], tuple[Samples, list[Place]]] = {}
 
     def of(self, tensor: torch.Tensor) -> Place:
@@ -143,14 +156,26 @@ class Tracker:
             return noted[1]
         if id(tensor) in self._own:
             return None
-        found = self._by_size(tensor)
-        if found is None and tensor.grad_fn is not None:
-            return Lost(f"an operation that cannot be followed made it ({tensor.grad_fn.name()})")
-        return found
+        if isinstance(tensor, torch.nn.Parameter):
+            return None  # of another model
+        if tensor.grad_fn is not None:
+            reason = f"an operation that cannot be followed made it ({tensor.grad_fn.name()})"
+            return self._by_size(tensor, alone=True) or Lost(reason)
+        return self._by_size(tensor)
 
     def note(self, tensor: torch.Tensor, place: Place) -> None:
         """Remember where the samples lie in ``tensor``."""
+        if not self.has_noted(tensor):
+            self._noted.append(weakref.ref(tensor))
         tensor._gradvac_place = (self, place)  # type: ignore[attr-defined]
+
+    def forget(self) -> None:
+        """Leave nothing on the tensors, which may live on."""
+        for reference in self._noted:
+            tensor = reference()
+            if tensor is not None and self.has_noted(tensor):
+                del tensor._gradvac_place  # type: ignore[attr-defined]
+        self._noted.clear()
 
     def has_noted(self, tensor: torch.Tensor) -> bool:
         """The place of ``tensor`` is not a guess from outside."""
@@ -175,12 +200,25 @@ class Tracker:
             results = [out]
         else:
             results = [args[0]] if name == "setitem" else list(tensors_in((out,)))
-        for result, place in zip(results, self._places(name, function, args, kwargs, out, results, known)):
+        places = self._places(name, function, args, kwargs, out, results, known)
+        if is_in_place(function) and known and results and known[0][0] is results[0]:
+            self._check_in_place(name, results[0], known[0][1], places[0])
+        for result, place in zip(results, places):
             self.note(result, place)
 
+    def _check_in_place(self, name: str, tensor: torch.Tensor, before: Place, after: Place) -> None:
+        """Views of what is written to, and what it is a view of, are not to be placed wrongly from now on."""
+        kept = isinstance(before, Samples) and isinstance(after, Samples) and before.same(after)
+        if kept or not tensor.requires_grad:
+            return
+        if before is not None:
+            raise ValueError(
+                f"batch: expected {name} to leave samples where they are, got it in place; write it out of place"
+            )
+        if after is not None and tensor._base is not None:
+            self.note(tensor._base, Lost(f"{name} wrote samples into a part of it"))
+
     def _places(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
-        if name in _FROM_DATA:
-            return [self._by_size(result) for result in results]
         if name in _COLLATING and not any(self.has_noted(tensor) for tensor, place in known if place is not None):
             return self._collated(name, function, args, kwargs, out, results, known)
         dependent = [pair for pair in known if pair[1] is not None]
@@ -191,36 +229,53 @@ class Tracker:
         lost = next((place for _, place in deciding if isinstance(place, Lost)), None)
         if lost is None:
             try:
+                self._check_broadcast(name, dependent, deciding, results[0])
                 place = self._rule(name, function, args, kwargs, out, results, deciding)
             except Loses as loses:
                 place = Lost(f"{name} {loses}")
+            except (TypeError, IndexError, AttributeError, KeyError, RuntimeError):
+                place = Lost(f"{name} is called in a way that is not followed")
         else:
             place = lost
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
         # A constant that no rule places is as one that comes from outside.
         return [
-            (self._by_size(result) or where)
-            if isinstance(where, Lost) and not where.ambiguous and not result.requires_grad
+            (self._by_size(result, alone=True) or where)
+            if isinstance(where, Lost) and not result.requires_grad
             else where
             for result, where in zip(results, places)
         ]
 
-    def _collated(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
-        """A batch put together here is as one from outside, unless its parts are batches themselves."""
-        whole = self._by_size(results[0])
-        dependent = [pair for pair in known if pair[1] is not None]
-        try:
-            parts = self._rule(name, function, args, kwargs, out, results, dependent) if dependent else None
-        except Loses:
-            parts = None
-        if isinstance(whole, Samples) and isinstance(parts, Samples) and not whole.same(parts):
-            return [Lost(f"{name} may have joined samples or batches, by the sizes: do it outside", ambiguous=True)]
-        return [whole or parts]
+    def _check_broadcast(self, name, dependent, deciding, out) -> None:  # type: ignore[no-untyped-def]
+        """A constant of more dimensions than what has a gradient knows better where the samples are."""
+        if len(dependent) == len(deciding) or not is_pointwise(name):
+            return
+        most = max(tensor.dim() for tensor, _ in deciding)
+        larger = [pair for pair in dependent if pair[0].dim() > most and isinstance(pair[1], Samples)]
+        if larger:
+            aligned([*deciding, *larger], out.shape)
 
-    def _by_size(self, tensor: torch.Tensor) -> Samples | None:
-        if tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == len(self.rows):
-            return Samples(self.batch_dim, self._outside)
-        return None
+    def _collated(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
+        """What comes from outside: batches, or single samples that are as long as there are samples."""
+        dependent = [pair for pair in known if pair[1] is not None]
+        if not dependent:
+            return [None]
+        try:
+            parts = self._rule(name, function, args, kwargs, out, results, dependent)
+        except Loses as loses:
+            return [Lost(f"{name} {loses}")]
+        whole = self._by_size(results[0])
+        if whole is not None and not whole.same(parts):
+            return [Lost(f"{name} may have joined samples or batches, by their sizes; do it outside")]
+        return [parts]
+
+    def _by_size(self, tensor: torch.Tensor, alone: bool = False) -> Samples | None:
+        """As the caller says of what comes from outside; ``alone``: if no other dimension could be meant."""
+        if tensor.dim() <= self.batch_dim or tensor.shape[self.batch_dim] != len(self.rows):
+            return None
+        if alone and sum(size == len(self.rows) for size in tensor.shape) > 1:
+            return None
+        return Samples(self.batch_dim, self._outside)
 
     # ------------------------------------------------------------------------------------------------------- rules
 
@@ -237,6 +292,14 @@ class Tracker:
             return _reduced(args, kwargs, deciding, first, _REDUCTIONS[name])
         if is_pointwise(name):
             return aligned(deciding, first.shape)
+        if name in ("flip", "roll"):
+            tensor, samples = deciding[0]
+            listed = args[1:] if name == "flip" else args[2:]
+            moved = kwargs.get("dims", listed[0] if len(listed) == 1 else listed)
+            moved = [moved] if isinstance(moved, int) else list(moved)
+            if not moved or samples.dim in [dim % tensor.dim() for dim in moved]:
+                raise Loses("works across the samples")
+            return samples
         if name in _ALONG:
             tensor, samples = deciding[0]
             dim = _argument(args, kwargs, _ALONG[name], "dim", -1)
@@ -249,6 +312,7 @@ class Tracker:
                 raise Loses("works across the samples")
             return samples
         if name in _FIRST:
+            _only(deciding, args[0])
             return _kept(deciding, first, 0)
         if name in ("matmul", "bmm", "mm", "mv"):
             return _product(self, args[0], _argument(args, kwargs, 1, "other", None), first, deciding)
@@ -256,7 +320,8 @@ class Tracker:
             return _product(self, args[1], args[2], first, deciding)
         if name == "linear":
             tensor, samples = deciding[0]
-            if tensor is not args[0] or samples.dim == tensor.dim() - 1:
+            _only(deciding, args[0])
+            if samples.dim == tensor.dim() - 1:
                 raise Loses("works across the samples")
             return samples
         if name == "scaled_dot_product_attention":
@@ -266,11 +331,16 @@ class Tracker:
         if name == "einsum":
             return _einsum(self, args)
         if name in ("embedding", "one_hot", "prelu"):
+            _only(deciding, args[int(function is torch.embedding)])
             return deciding[0][1]
         if name == "bilinear":
             return unified(_kept([pair], first, pair[1].dim) for pair in deciding if pair[1].dim < first.dim() - 1)
         if name == "pad":
-            return _kept(deciding, first, deciding[0][1].dim)
+            tensor, samples = deciding[0]
+            amounts, behind = _argument(args, kwargs, 1, "pad", ()), tensor.dim() - 1 - samples.dim
+            if any(amounts[2 * behind : 2 * behind + 2]):
+                raise Loses("works across the samples")
+            return _kept(deciding, first, samples.dim)
         if name == "cat":
             return self._joined(args, kwargs, first, deciding)
         if name == "stack":
@@ -298,6 +368,8 @@ class Tracker:
         self, function: Callable[..., Any], args: Any, kwargs: Any, tensor: torch.Tensor, samples: Samples
     ) -> Sequence[Place]:
         """What the operation does to a shadow: layers do the same again and again."""
+        if is_in_place(function):
+            raise Loses("changes the shape in place")
         key = (function, id(samples.pattern), samples.dim, tensor.shape, repr(args[1:]), repr(kwargs))
         if key not in self._seen:
             views = tensors_in((function(_shadow(tensor, samples), *args[1:], **kwargs),))
@@ -328,8 +400,17 @@ class Tracker:
             raise Loses("works across the samples")
         return Samples(samples.dim, samples.rows[_argument(args, kwargs, 2, "index", None).cpu()])
 
+    def place_of_part(self, tensor: torch.Tensor, index: Any, part: torch.Tensor) -> Place:
+        """Of ``part = tensor[index]``."""
+        try:
+            return self._indexed("getitem", (tensor, index), {}, part)
+        except Loses as loses:
+            return Lost(f"an index {loses}")
+
     def _looked_up(self, index: tuple[Any, ...]) -> Place:
         """What belongs to no sample, at indices that do: their dimensions stand where the first of them did."""
+        if any(isinstance(part, (list, tuple)) for part in index):
+            raise Loses("chooses by a list, which is not followed")
         tensors = [part for part in index if isinstance(part, torch.Tensor) and not _is_mask(part)]
         before = index[: next((i for i, part in enumerate(index) if isinstance(part, torch.Tensor)), 0)]
         between = index[len(before) : len(before) + len(tensors)]
@@ -357,7 +438,7 @@ class Tracker:
         if not isinstance(place, Samples):
             raise Loses("writes samples among what is not one")
         if isinstance(value, torch.Tensor) and value.requires_grad and self.of(value) is not None:
-            region = self._indexed("getitem", (tensor, index), {}, tensor[index])
+            region = self.place_of_part(tensor, index, tensor[index])
             its = self.of(value)
             written = aligned([(value, its)], tensor[index].shape) if isinstance(its, Samples) else None
             if not isinstance(region, Samples) or written is None or not region.same(written):
@@ -405,6 +486,8 @@ _SAME |= {
     "requires_grad",
 }
 _SAME |= {
+    "as_tensor",
+    "asarray",
     "logsigmoid",
     "log_sigmoid",
     "hardswish",
@@ -443,26 +526,41 @@ _REDUCTIONS |= dict.fromkeys(
 )
 _REDUCTIONS |= {"norm": 2, "linalg_vector_norm": 2, "vector_norm": 2, "count_nonzero": 1}  # where dim stands
 _ALONG = {"softmax": 1, "log_softmax": 1, "cumsum": 1, "cumprod": 1, "logcumsumexp": 1, "sort": 1, "argsort": 1}
-_ALONG |= {"flip": 1, "glu": 1, "topk": 2, "roll": 2}
+_ALONG |= {"glu": 1, "topk": 2}
+OF_THE_FIRST = {"to", "type_as", "type", "expand_as", "view_as", "reshape_as", "as_tensor", "asarray"}
+"""Names of operations that take nothing but type, device or shape from their other arguments."""
 _FIRST = {f"{kind}{n}d" for kind in ("conv", "conv_transpose", "max_pool", "avg_pool") for n in (1, 2, 3)}
 _FIRST |= {f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
-_FIRST |= {"group_norm", "instance_norm", "batch_norm", "upsample_nearest2d", "upsample_bilinear2d", "pixel_shuffle"}
+_FIRST |= {
+    "group_norm",
+    "instance_norm",
+    "batch_norm",
+    "im2col",
+    "col2im",
+    "upsample_nearest2d",
+    "upsample_bilinear2d",
+    "pixel_shuffle",
+}
 
 
-_FROM_DATA = {"tensor", "as_tensor", "asarray", "from_numpy", "frombuffer"}
-_COLLATING = {"pad_sequence", "stack", "cat"}
+_COLLATING = {"stack", "cat"}
 
 KNOWN = {*_SAME, *_RESHAPES, *_VIEWS, *_INDEXING, *_REDUCTIONS, *_ALONG, *_FIRST}
 """Names of operations, other than pointwise ones, that are followed as a whole."""
 KNOWN |= {"matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "addmv", "scaled_dot_product_attention", "einsum"}
 KNOWN |= {"one_hot", "cat", "stack", "repeat", "tile", "expand", "expand_as", "broadcast_to", "repeat_interleave"}
-KNOWN |= {"setitem", "prelu"}
+KNOWN |= {"setitem", "prelu", "flip", "roll"}
 
 
 def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any) -> Any:
     if len(args) > position:
         return args[position]
     return kwargs.get(name, kwargs.get("axis", default) if name == "dim" else default)
+
+
+def _only(deciding: Any, operand: torch.Tensor) -> None:
+    if any(tensor is not operand for tensor, _ in deciding):
+        raise Loses("is followed with samples in its first argument only")
 
 
 def _is_mask(part: Any) -> bool:

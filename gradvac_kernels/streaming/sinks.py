@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -111,7 +112,7 @@ class StreamSink:
         self._open: dict[int, Slab] = {}  # by group
         self._announced: dict[int, list[torch.Tensor] | None] = {}  # by parameter: rows of an embedding; None: all
         self._looked_up: dict[int, torch.Tensor] = {}  # by parameter, once its slab was opened: these rows
-        self._pending: dict[int, set[int]] = {}  # by group: parameters that this backward will complete
+        self._pending: dict[int, Counter[int]] = {}  # by group: how often backwards will still complete a parameter
         self._uses: dict[int, list[Use]] = {}  # by parameter of a coarse group
         self._dense: dict[int, torch.Tensor] = {}  # by parameter of a coarse group: [T, *shape]
         self._members: list[list[int]] = [[] for _ in range(len(groups))]
@@ -134,9 +135,12 @@ class StreamSink:
             slot = self._groups.parameters[index]
             if slot.group in self._found:
                 raise self._late(index)
-            self._pending.setdefault(slot.group, set()).add(index)
+            self._pending.setdefault(slot.group, Counter())[index] += 1
 
     def add(self, use: Use) -> None:
+        for part in use.parts:
+            if part is not None and self._group_of(part) in self._found:
+                raise self._late(part.parameter)
         now = [part is not None and self._group_of(part) not in self._coarse for part in use.parts]
         if any(now):
             use.add([self._view(part) if wanted and part else None for part, wanted in zip(use.parts, now)])
@@ -157,14 +161,16 @@ class StreamSink:
     def complete(self, parameter: int) -> None:
         self.fired.add(parameter)
         group = self._groups.parameters[parameter].group
+        if group in self._found:
+            raise self._late(parameter)
         pending = self._pending[group]
-        pending.discard(parameter)
-        if not pending:
+        pending[parameter] -= 1
+        if not +pending:
             self._finish(group)
 
     def close(self) -> Vaccination:
         """Vaccinate what no backward reached, rows of zeros, and put all together."""
-        missing = [self._groups.parameters[i].name for pending in self._pending.values() for i in sorted(pending)]
+        missing = [self._groups.parameters[i].name for pending in self._pending.values() for i in sorted(+pending)]
         if missing:
             raise RuntimeError(f"batch: expected a backward that finishes, got no gradient of {missing[0]!r}")
         for group in range(len(self._groups)):

@@ -42,7 +42,7 @@ class TaskRows:
         Args:
             into: ``[T, I, J]``, of any strides.
         """
-        if into.stride(2) != 1:
+        if into.stride(2) != 1 and into.stride(1) == 1:
             return self.add_products(right, left, into.transpose(1, 2))
         short = _short_type(left, right, into)
         left, right = left.to(short or into.dtype), right.to(short or into.dtype)
