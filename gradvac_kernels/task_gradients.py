@@ -186,16 +186,21 @@ class TaskGradients:
         than one layer ("whole_model") have no slab at all: their layers' inputs and the gradients of their outputs are
         kept until the weights are known, and multiplied a second time with those.
 
-        The loss may be any scalar in which every sample's terms depend on that sample alone. What mixes samples (batch
-        normalisation in training) or cannot be followed is an error that says so. Parameters that are used by other
-        operations than those with a rule (see :func:`register_rule`) cost one small backward a task.
+        The loss may be any scalar in which every sample's terms depend on that sample alone. What mixes samples before
+        a parameter is used (batch normalisation in training), or cannot be followed, is an error that says so; after
+        the last parameter, as in a contrastive loss, it is not noticed. Parameters that are used by other operations
+        than those with a rule (see :func:`register_rule`) cost one small backward a task. ``torch.autograd.grad`` of
+        activations gives first derivatives; ``create_graph`` is refused.
 
         Args:
             task_of_sample: ``[B]``, the task of each sample: indices of ``tasks``, or names. In any order and number;
                 the rows of ``last`` are the tasks present, in the order of ``tasks``.
-            batch_dim: the dimension of the samples in tensors that come from outside, such as the model's inputs.
+            batch_dim: the dimension of the samples in tensors that come from outside, such as the model's inputs: one
+                that has B entries there is taken to hold the samples. What the model holds as parameters and buffers,
+                or makes itself, does not; so put the batch together before this context.
             keep: collect the gradients in the buffer ``[T, P]`` instead, as :meth:`task` does; further batches add to
-                them, and :meth:`apply` turns them (accumulation over micro-batches, or to look at them first).
+                them, and :meth:`apply` turns them (accumulation over micro-batches, or to look at them first). An
+                exception drops what was kept, as in :meth:`task`.
 
         Raises:
             TypeError: ``task_of_sample`` is of another type, or the method cannot vaccinate in parts.
