@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradvac_kernels as gvk
+from gradvac_kernels.streaming import task_rows
 
 GRANULARITIES = ["all_layer", "all_matrix", "whole_model"]
 
@@ -299,6 +300,21 @@ def test_fifty_tasks_of_unequal_sizes():
         found = one_batch(model, by_batch, streamed.tower_losses, inputs, task_of_sample)
         assert torch.equal(found.corrected, want.corrected)
         check_gradients(model, buffered, by_task.groups)
+
+
+@pytest.mark.parametrize("scratch", [1, 300, 1 << 20])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_equally_many_samples_a_task(in_order, scratch, monkeypatch):
+    """Products of all tasks at once, in pieces of any size."""
+    monkeypatch.setattr(task_rows, "_SCRATCH", scratch)
+    (buffered, by_task), (model, by_batch) = two(streamed.translator().double(), 3)
+    ids = torch.arange(12) // 4 if in_order else torch.arange(12) % 3
+    inputs = streamed.translator_inputs(12, torch.Generator().manual_seed(0))
+    for _ in range(2):
+        want = one_backward_a_task(buffered, by_task, streamed.translator_losses, inputs, ids)
+        found = one_batch(model, by_batch, streamed.translator_losses, inputs, ids)
+        assert torch.equal(found.corrected, want.corrected)
+        check_gradients(model, buffered, by_task.groups, streamed.TOLERANCE[torch.float64])
 
 
 def test_missing_tasks_and_names():

@@ -219,11 +219,11 @@ class Capture(TorchFunctionMode):
             grads(rows, saved, grad, place.dim, into)
             for value, rows_ in zip(made, into):
                 if value is not None and rows_ is not None:
-                    self._deliver_through(value, rows_)
+                    self._deliver_through(value, rows_, reached)
 
-    def _deliver_through(self, value: torch.Tensor, grad: torch.Tensor) -> None:
+    def _deliver_through(self, value: torch.Tensor, grad: torch.Tensor, reached: frozenset[int]) -> None:
         """From the gradients ``[T, ...]`` of something made of parameters to those of the parameters."""
-        indices = self._made_of(value)
+        indices = [index for index in self._made_of(value) if index in reached]
         parameters = [self._parameters[i] for i in indices]
         for row in range(len(grad)):
             with torch._C._EnableTorchFunction():  # what a checkpoint recomputes is to be seen

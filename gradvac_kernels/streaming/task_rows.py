@@ -6,6 +6,8 @@ import torch
 
 from .samples import Samples
 
+_SCRATCH = 1 << 20  # bytes
+
 
 class TaskRows:
     """The samples of a tensor, in the order of their tasks.
@@ -48,7 +50,7 @@ class TaskRows:
         left, right = left.to(short or into.dtype), right.to(short or into.dtype)
         if self.equal and short is None:
             tall = (len(self.counts), -1)
-            into.baddbmm_(left.unflatten(0, tall).transpose(1, 2), right.unflatten(0, tall))
+            _add_batched(left.unflatten(0, tall).transpose(1, 2), right.unflatten(0, tall), into)
             return None
         length = len(left) // max(1, len(self.rows))
         counts = [count * length for count in self.counts]
@@ -77,6 +79,17 @@ class TaskRows:
         for row, part in zip(into, self.split(values)):
             if len(part):
                 row += part.sum(0)
+
+
+def _add_batched(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    """``into += left @ right``, where ``into`` lies in a slab, its matrices far apart."""
+    if into.device.type != "cpu":
+        into.baddbmm_(left, right)
+        return
+    # There that is one product after another, each of which wakes all threads: a few rows of all matrices, and a copy.
+    rows = max(1, _SCRATCH // (len(into) * into.shape[2] * into.element_size()))
+    for part, its in zip(into.split(rows, 1), left.split(rows, 1)):
+        part += torch.bmm(its, right)
 
 
 def _short_type(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> torch.dtype | None:
