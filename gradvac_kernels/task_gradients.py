@@ -188,7 +188,8 @@ class TaskGradients:
 
         The loss may be any scalar in which every sample's terms depend on that sample alone. What mixes samples before
         a parameter is used (batch normalisation in training), or cannot be followed, is an error that says so; after
-        the last parameter, as in a contrastive loss, it is not noticed. Parameters that are used by other operations
+        the last parameter, as in a contrastive loss, by detached statistics, or in a hook on activations, it is not
+        noticed. Parameters that are used by other operations
         than those with a rule (see :func:`register_rule`) cost one small backward a task. ``torch.autograd.grad`` of
         activations gives first derivatives; ``create_graph`` is refused.
 
@@ -197,7 +198,7 @@ class TaskGradients:
                 the rows of ``last`` are the tasks present, in the order of ``tasks``.
             batch_dim: the dimension of the samples in tensors that come from outside, such as the model's inputs: one
                 that has B entries there is taken to hold the samples. What the model holds as parameters and buffers,
-                or makes itself, does not; so put the batch together before this context.
+                or makes itself (in torch: NumPy is not seen), does not; so put the batch together before this context.
             keep: collect the gradients in the buffer ``[T, P]`` instead, as :meth:`task` does; further batches add to
                 them, and :meth:`apply` turns them (accumulation over micro-batches, or to look at them first). An
                 exception drops what was kept, as in :meth:`task`.

@@ -99,6 +99,12 @@ KEEPING = {
     "one hot": lambda x: F.one_hot(IDS, 6) * x,
     "table": lambda x: F.embedding(IDS, random(6, D)) + x,
     "written": lambda x: _written(x),
+    "by name": lambda x: torch.where(
+        condition=x > 0, input=x, other=torch.mm(input=x[:, 0], mat2=random(D, D))[:, None]
+    ),
+    "products by name": lambda x: torch.addmm(input=x[:, 0], mat1=x[:, 1], mat2=random(D, D)),
+    "batched by name": lambda x: torch.baddbmm(input=x[:, :, :L], batch1=x, batch2=x.mT),
+    "looked up": lambda x: random(B, 9).gather(1, IDS)[..., None] * x,
 }
 
 
@@ -123,7 +129,6 @@ LOSING = {
     "layer norm": lambda x: F.layer_norm(x, (B, L, D)),
     "batch norm": lambda x: F.batch_norm(x, torch.zeros(L), torch.ones(L)).logcumsumexp(0),
     "unknown": lambda x: torch.fft.fft(x, dim=0).real,
-    "not as it is read": lambda x: torch.addmm(input=x[:, 0], mat1=x[:, 1], mat2=random(D, D)),
     "flip": lambda x: torch.flip(x, dims=(1, 0)),
     "flip one": lambda x: x.flip([0]),
     "roll": lambda x: torch.roll(x, 1, dims=0),

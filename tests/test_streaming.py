@@ -831,7 +831,7 @@ class Casts(nn.Module):
         h = F.layer_norm(h, (6,), self.norm.type_as(h))
         h = torch.cat([h] * 11, -1)[..., :64] @ self.band.unfold(0, 64, 1).T  # [B, 3, 6]
         h = h + F.linear(h.tanh(), self.tall[:, ::2, 0]) + F.linear(input=h, weight=self.tall[:, 6:, 1].type_as(h))
-        h = h.masked_fill(h > 1, self.fill.value)
+        h = h.masked_fill(mask=h > 1, value=self.fill.value)
         h[:, 0] = self.fill.row
         h[x[:, 0] > 0.5, 1] = self.fill.row.tanh()
         return self.head(h.sum(1))
@@ -863,6 +863,21 @@ def test_checkpoints_of_computed_parameters(use_reentrant):
 
     torch.manual_seed(0)
     check_steps(Computed(), streamed.tower_losses, streamed.tower_inputs, 3)
+
+
+def test_nested_checkpoints_of_as_many_tokens_as_samples():
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.a(x[:, None] * torch.linspace(-2, 2, 9, dtype=x.dtype)[:, None])  # [9, 9, 6]
+            inner = lambda h: self.b(checkpoint(self.a, self.b(h).tanh(), use_reentrant=False))  # noqa: E731
+            return 5 * self.head(checkpoint(inner, x, use_reentrant=False)).mean(1)
+
+    torch.manual_seed(0)
+    check_steps(Nested(), streamed.tower_losses, streamed.tower_inputs, 8)
 
 
 def test_t5_with_gradient_checkpointing():

@@ -65,7 +65,7 @@ class Capture(TorchFunctionMode):
             return function(*args, **kwargs)
         if kind == "backward":
             return self._inside(function, args, kwargs)
-        if not args and "input" in kwargs:
+        if not args and "input" in kwargs and name not in ("where", "searchsorted"):  # there it is not the first
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
         given = args[:1] if name in samples.OF_THE_FIRST else (*args, kwargs) if kwargs else args

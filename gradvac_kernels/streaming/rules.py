@@ -381,9 +381,12 @@ def _pointwise(capture: Capture, function: Callable[..., Any], args: Any, kwargs
 
 @register_rule("masked_fill")
 def _masked_fill(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    if len(args) != 3 or kwargs or not capture.shared(args[2]) or is_in_place(function):
+    x, mask, value = _bound(args, kwargs, input=None, mask=None, value=None)
+    if not capture.shared(value):
         return _pointwise(capture, function, args, kwargs)
-    return _pointwise(capture, torch.where, (args[1], args[2], args[0]), {})  # it takes no value of a shape
+    if is_in_place(function):
+        return NotImplemented
+    return _pointwise(capture, torch.where, (mask, value, x), {})  # it takes no value of a shape
 
 
 @register_rule("setitem")

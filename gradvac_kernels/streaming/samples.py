@@ -72,6 +72,7 @@ class Lost:
 
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
 
+_NOTE = "gradvac_kernels.place"
 _PLAIN_NAMES = {"radd": "add", "iadd": "add", "rsub": "sub", "isub": "sub", "rmul": "mul", "imul": "mul"}
 _PLAIN_NAMES |= {
     "truediv": "div",
@@ -159,6 +160,10 @@ class Tracker:
         if isinstance(tensor, torch.nn.Parameter):
             return None  # of another model
         if tensor.grad_fn is not None:
+            metadata: Any = tensor.grad_fn.metadata
+            made = metadata.get(_NOTE)  # a tensor that autograd saved comes back as another one
+            if made is not None and made[0] is self and made[1:3] == (tensor.output_nr, tensor.shape):
+                return made[3]
             reason = f"an operation that cannot be followed made it ({tensor.grad_fn.name()})"
             return self._by_size(tensor, alone=True) or Lost(reason)
         return self._by_size(tensor)
@@ -168,6 +173,9 @@ class Tracker:
         if not self.has_noted(tensor):
             self._noted.append(weakref.ref(tensor))
         tensor._gradvac_place = (self, place)  # type: ignore[attr-defined]
+        if tensor.grad_fn is not None:
+            metadata: Any = tensor.grad_fn.metadata
+            metadata[_NOTE] = (self, tensor.output_nr, tensor.shape, place)
 
     def forget(self) -> None:
         """Leave nothing on the tensors, which may live on."""
@@ -315,9 +323,11 @@ class Tracker:
             _only(deciding, args[0])
             return _kept(deciding, first, 0)
         if name in ("matmul", "bmm", "mm", "mv"):
-            return _product(self, args[0], _argument(args, kwargs, 1, "other", None), first, deciding)
+            other = args[1] if len(args) > 1 else next(iter(tensors_in(kwargs)))
+            return _product(self, args[0], other, first, deciding)
         if name in ("addmm", "baddbmm", "addmv"):
-            return _product(self, args[1], args[2], first, deciding)
+            _, left, right = tensors_in((*args[:3], kwargs))
+            return _product(self, left, right, first, deciding)
         if name == "linear":
             tensor, samples = deciding[0]
             _only(deciding, args[0])
@@ -392,6 +402,9 @@ class Tracker:
             shape = (*tensor.shape[:touched], *[1] * (tensor.dim() - touched))
             return _of_values(_shadow(tensor, samples, shape)[index], out.shape)
         dim = _argument(args, kwargs, 1, "dim", None)
+        of_index = self.of(_argument(args, kwargs, 2, "index", tensor))
+        if name == "gather" and samples is None and isinstance(of_index, Samples):
+            return of_index  # every element is looked up for itself
         if not isinstance(samples, Samples) or not isinstance(dim, int):
             raise Loses("chooses samples in a way that is not followed")
         if dim % tensor.dim() != samples.dim:
