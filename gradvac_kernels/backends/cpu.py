@@ -65,7 +65,7 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, ou
 def coefficients(
     G: torch.Tensor, ema: torch.Tensor | None, *, limits: Precision, **rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The inner loop of Algorithm 1 for ``G`` [K, T, T]; ``rule`` as :func:`vaccinate` takes it."""
+    """The inner loop of Algorithm 1 for ``G`` [K, T, T]; ``rule`` as ``reference.coefficients`` takes it."""
     K, T, _ = G.shape
     native = _native(K, T, ema, limits, **rule)
     _cpu.coefficients(*(G.data_ptr(), K, T, *native.arguments, torch.get_num_threads()))
@@ -73,35 +73,10 @@ def coefficients(
 
 
 def vaccinate(
-    grads: torch.Tensor,
-    bounds: torch.Tensor,
-    ema: torch.Tensor | None,
-    *,
-    beta: float,
-    target: float | None,
-    task_ids: torch.Tensor | None,
-    vaccinated: torch.Tensor | None,
-    order: torch.Tensor | None,
-    seed: int,
-    step: int | torch.Tensor,
-    first_group: int,
-    out: torch.Tensor,
+    grads: torch.Tensor, bounds: torch.Tensor, ema: torch.Tensor | None, *, out: torch.Tensor, **rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients and combine in one call: a group is combined while it is still in the cache."""
-    native = _native(
-        len(bounds),
-        grads.shape[0],
-        ema,
-        precision(grads.dtype),
-        beta=beta,
-        target=target,
-        task_ids=task_ids,
-        vaccinated=vaccinated,
-        order=order,
-        seed=seed,
-        step=step,
-        first_group=first_group,
-    )
+    native = _native(len(bounds), grads.shape[0], ema, precision(grads.dtype), **rule)
     result = out.data_ptr(), _DTYPE[out.dtype], torch.get_num_threads()
     _cpu.vaccinate(*(*_buffer(grads, bounds), *native.arguments, *result))
     return native.results

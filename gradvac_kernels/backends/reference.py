@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..numerics import MAX_TARGET, Precision, precision
@@ -106,33 +108,9 @@ def coefficients(
 
 
 def vaccinate(
-    grads: torch.Tensor,
-    bounds: torch.Tensor,
-    ema: torch.Tensor | None,
-    *,
-    beta: float,
-    target: float | None,
-    task_ids: torch.Tensor | None,
-    vaccinated: torch.Tensor | None,
-    order: torch.Tensor | None,
-    seed: int,
-    step: int | torch.Tensor,
-    first_group: int,
-    out: torch.Tensor,
+    grads: torch.Tensor, bounds: torch.Tensor, ema: torch.Tensor | None, *, out: torch.Tensor, **rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gram, coefficients, combine."""
-    weights, similarity, corrected = coefficients(
-        gram(grads, bounds),
-        ema,
-        beta=beta,
-        target=target,
-        task_ids=task_ids,
-        vaccinated=vaccinated,
-        order=order,
-        seed=seed,
-        step=step,
-        first_group=first_group,
-        limits=precision(grads.dtype),
-    )
-    combine(grads, weights, bounds, out)
-    return weights, similarity, corrected
+    """Gram, coefficients, combine; ``rule`` as :func:`coefficients` takes it."""
+    found = coefficients(gram(grads, bounds), ema, limits=precision(grads.dtype), **rule)
+    combine(grads, found[0], bounds, out)
+    return found

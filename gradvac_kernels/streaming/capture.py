@@ -12,8 +12,9 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..groups import gradient_stride
-from . import rules, samples
-from .samples import Lost, Samples, Tracker, name_of, tensors_in
+from . import operations, rules, samples
+from .operations import name_of, tensors_in
+from .samples import Lost, Samples, Tracker
 from .sinks import Sink
 from .slab import Part
 from .task_rows import TaskRows
@@ -68,7 +69,7 @@ class Capture(TorchFunctionMode):
         if not args and "input" in kwargs and name not in ("where", "searchsorted"):  # there it is not the first
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
-        given = args[:1] if name in samples.OF_THE_FIRST else (*args, kwargs) if kwargs else args
+        given = args[:1] if name in operations.OF_THE_FIRST else (*args, kwargs) if kwargs else args
         known = [(operand, self.tracker.of(operand)) for operand in tensors_in(given)]
         meeting = (
             torch.is_grad_enabled()
@@ -382,11 +383,11 @@ def is_active() -> bool:
 def _kind_of(function: Callable[..., Any]) -> tuple[str, str]:
     """Its name, and how to see it: as a whole, by what it is composed of, or not at all."""
     name = name_of(function)
-    if name in _QUERIES or (name.startswith("get ") and name not in samples.KNOWN):
+    if name in _QUERIES or (name.startswith("get ") and name not in operations.KNOWN):
         return name, "query"
     if name in ("backward", "grad"):
         return name, "backward"  # what a checkpoint recomputes in it is to be seen
-    known = name in samples.KNOWN or samples.is_pointwise(name)
+    known = name in operations.KNOWN or operations.is_pointwise(name)
     return name, "composed" if isinstance(function, types.FunctionType) and not known else "whole"
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from .samples import Samples, aligned, is_in_place, is_pointwise, name_of, tensors_in
+from .operations import is_in_place, is_pointwise, name_of, tensors_in
+from .samples import Samples, aligned
 from .slab import Table
 from .task_rows import TaskRows
 

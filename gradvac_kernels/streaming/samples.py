@@ -17,6 +17,19 @@ from typing import Any
 
 import torch
 
+from .operations import (
+    ALONG,
+    COLLATING,
+    FIRST,
+    INDEXING,
+    REDUCTIONS,
+    RESHAPES,
+    VIEWS,
+    is_in_place,
+    is_pointwise,
+    tensors_in,
+)
+
 
 class Pattern:
     """The tasks along a dimension of samples, and what can be said of their order."""
@@ -73,64 +86,6 @@ class Lost:
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
 
 _NOTE = "gradvac_kernels.place"
-_PLAIN_NAMES = {"radd": "add", "iadd": "add", "rsub": "sub", "isub": "sub", "rmul": "mul", "imul": "mul"}
-_PLAIN_NAMES |= {
-    "truediv": "div",
-    "rtruediv": "div",
-    "itruediv": "div",
-    "idiv": "div",
-    "rdiv": "div",
-    "true_divide": "div",
-}
-_PLAIN_NAMES |= {"rpow": "pow", "ipow": "pow", "multiply": "mul", "divide": "div", "subtract": "sub", "negative": "neg"}
-_PLAIN_NAMES |= {"floordiv": "floor_divide", "rfloordiv": "floor_divide", "mod": "remainder", "concat": "cat"}
-_IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")}
-_IN_PLACE |= {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__"}
-_PLAIN_NAMES |= {"absolute": "abs", "iand": "and", "ior": "or", "rmatmul": "matmul", "concatenate": "cat"}
-
-
-@functools.cache
-def name_of(function: Callable[..., Any]) -> str:
-    """``add`` for torch.add, Tensor.add_, Tensor.__iadd__ and torch.ops.aten.add.Tensor; ``get T`` for properties."""
-    if function is torch.nn.functional.unfold:
-        return "im2col"  # Tensor.unfold is another operation
-    name = getattr(function, "__name__", "") or type(function).__name__
-    if name == "__get__":
-        return "get " + function.__self__.__name__  # type: ignore[attr-defined]
-    if name.startswith("__") and name.endswith("__"):
-        name = name[2:-2]
-    else:
-        name = name.split(".")[0]
-        if name.endswith("_") and not name.startswith("_"):
-            name = name.rstrip("_")
-    return _PLAIN_NAMES.get(name, name)
-
-
-@functools.cache
-def is_in_place(function: Callable[..., Any]) -> bool:
-    """It writes to its first argument."""
-    name = getattr(function, "__name__", "").split(".")[0]
-    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-
-
-@functools.cache
-def is_pointwise(name: str) -> bool:
-    """As torch itself says of its operators."""
-    if name in _SAME:
-        return True
-    packet = getattr(torch.ops.aten, name, None)
-    if packet is None:
-        return False
-    return any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads())
-
-
-def tensors_in(values: Any) -> Iterator[torch.Tensor]:
-    """The tensors among arguments, in lists, tuples and dicts too."""
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple, dict)):
-            yield from tensors_in(value)
 
 
 class Tracker:
@@ -227,7 +182,7 @@ class Tracker:
             self.note(tensor._base, Lost(f"{name} wrote samples into a part of it"))
 
     def _places(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
-        if name in _COLLATING and not any(self.has_noted(tensor) for tensor, place in known if place is not None):
+        if name in COLLATING and not any(self.has_noted(tensor) for tensor, place in known if place is not None):
             return self._collated(name, function, args, kwargs, out, results, known)
         dependent = [pair for pair in known if pair[1] is not None]
         if not results or not dependent or name.startswith("new_") or name.endswith("_like"):
@@ -289,15 +244,15 @@ class Tracker:
 
     def _rule(self, name, function, args, kwargs, out, results, deciding) -> Any:  # type: ignore[no-untyped-def]
         first = results[0]
-        if name in _RESHAPES or (name == "view" and first.dtype == deciding[0][0].dtype):
+        if name in RESHAPES or (name == "view" and first.dtype == deciding[0][0].dtype):
             ((tensor, samples),) = deciding[:1]
             return self.reshaped(samples, tensor.shape, first.shape)
-        if name in _VIEWS:
+        if name in VIEWS:
             return self._viewed(function, args, kwargs, *deciding[0])
-        if name in _INDEXING:
+        if name in INDEXING:
             return self._indexed(name, args, kwargs, first)
-        if name in _REDUCTIONS and not (name in ("max", "min") and len(list(tensors_in(args))) > 1):
-            return _reduced(args, kwargs, deciding, first, _REDUCTIONS[name])
+        if name in REDUCTIONS and not (name in ("max", "min") and len(list(tensors_in(args))) > 1):
+            return _reduced(args, kwargs, deciding, first, REDUCTIONS[name])
         if is_pointwise(name):
             return aligned(deciding, first.shape)
         if name in ("flip", "roll"):
@@ -308,9 +263,9 @@ class Tracker:
             if not moved or samples.dim in [dim % tensor.dim() for dim in moved]:
                 raise Loses("works across the samples")
             return samples
-        if name in _ALONG:
+        if name in ALONG:
             tensor, samples = deciding[0]
-            dim = _argument(args, kwargs, _ALONG[name], "dim", -1)
+            dim = _argument(args, kwargs, ALONG[name], "dim", -1)
             if dim is None or not isinstance(dim, int) or dim % tensor.dim() == samples.dim:
                 raise Loses("works across the samples")
             return aligned(deciding, first.shape)
@@ -319,15 +274,15 @@ class Tracker:
             if samples.dim >= tensor.dim() - len(_argument(args, kwargs, 1, "normalized_shape", ())):
                 raise Loses("works across the samples")
             return samples
-        if name in _FIRST:
+        if name in FIRST:
             _only(deciding, args[0])
             return _kept(deciding, first, 0)
         if name in ("matmul", "bmm", "mm", "mv"):
             other = args[1] if len(args) > 1 else next(iter(tensors_in(kwargs)))
-            return _product(self, args[0], other, first, deciding)
+            return _product(args[0], other, first, deciding)
         if name in ("addmm", "baddbmm", "addmv"):
             _, left, right = tensors_in((*args[:3], kwargs))
-            return _product(self, left, right, first, deciding)
+            return _product(left, right, first, deciding)
         if name == "linear":
             tensor, samples = deciding[0]
             _only(deciding, args[0])
@@ -487,84 +442,6 @@ def unified(places: Iterator[Samples] | Sequence[Samples]) -> Samples:
     return first
 
 
-_SAME = {"to", "type_as", "type", "float", "double", "half", "bfloat16", "int", "long", "bool", "cpu", "cuda"}
-_SAME |= {
-    "contiguous",
-    "detach",
-    "dropout",
-    "native_dropout",
-    "alpha_dropout",
-    "feature_dropout",
-    "alias",
-    "requires_grad",
-}
-_SAME |= {
-    "as_tensor",
-    "asarray",
-    "logsigmoid",
-    "log_sigmoid",
-    "hardswish",
-    "and",
-    "or",
-    "xor",
-    "invert",
-    "tril",
-    "triu",
-    "multiply",
-    "get data",
-}
-_SAME |= {"floor_divide", "bernoulli", "view", "nan_to_num", "lt", "gt", "le", "ge", "copy", "get real", "get imag"}
-_RESHAPES = {"reshape", "view_as", "reshape_as", "flatten", "unflatten", "_unsafe_view", "ravel"}
-_VIEWS = {
-    "permute",
-    "transpose",
-    "t",
-    "get T",
-    "get mT",
-    "get H",
-    "get mH",
-    "swapaxes",
-    "swapdims",
-    "movedim",
-    "moveaxis",
-}
-_VIEWS |= {"unsqueeze", "squeeze", "select", "narrow", "unbind", "split", "chunk", "tensor_split", "split_with_sizes"}
-_VIEWS |= {"unfold", "diagonal", "unsafe_chunk", "unsafe_split"}
-_INDEXING = {"getitem", "index_select", "gather", "take_along_dim"}
-_REDUCTIONS = dict.fromkeys(
-    ("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "var", "std", "argmax", "argmin"), 1
-)
-_REDUCTIONS |= dict.fromkeys(
-    ("all", "any", "prod", "nansum", "nanmean", "median", "var_mean", "std_mean", "aminmax"), 1
-)
-_REDUCTIONS |= {"norm": 2, "linalg_vector_norm": 2, "vector_norm": 2, "count_nonzero": 1}  # where dim stands
-_ALONG = {"softmax": 1, "log_softmax": 1, "cumsum": 1, "cumprod": 1, "logcumsumexp": 1, "sort": 1, "argsort": 1}
-_ALONG |= {"glu": 1, "topk": 2}
-OF_THE_FIRST = {"to", "type_as", "type", "expand_as", "view_as", "reshape_as", "as_tensor", "asarray"}
-"""Names of operations that take nothing but type, device or shape from their other arguments."""
-_FIRST = {f"{kind}{n}d" for kind in ("conv", "conv_transpose", "max_pool", "avg_pool") for n in (1, 2, 3)}
-_FIRST |= {f"adaptive_{kind}_pool{n}d" for kind in ("avg", "max") for n in (1, 2, 3)}
-_FIRST |= {
-    "group_norm",
-    "instance_norm",
-    "batch_norm",
-    "im2col",
-    "col2im",
-    "upsample_nearest2d",
-    "upsample_bilinear2d",
-    "pixel_shuffle",
-}
-
-
-_COLLATING = {"stack", "cat"}
-
-KNOWN = {*_SAME, *_RESHAPES, *_VIEWS, *_INDEXING, *_REDUCTIONS, *_ALONG, *_FIRST}
-"""Names of operations, other than pointwise ones, that are followed as a whole."""
-KNOWN |= {"matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "addmv", "scaled_dot_product_attention", "einsum"}
-KNOWN |= {"one_hot", "cat", "stack", "repeat", "tile", "expand", "expand_as", "broadcast_to", "repeat_interleave"}
-KNOWN |= {"setitem", "prelu", "flip", "roll"}
-
-
 def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any) -> Any:
     if len(args) > position:
         return args[position]
@@ -651,7 +528,7 @@ def _kept(deciding: Any, out: torch.Tensor, dim: int) -> Samples:
     return samples
 
 
-def _product(tracker: Tracker, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, deciding: Any) -> Samples:
+def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, deciding: Any) -> Samples:
     columns, places = int(b.dim() > 1), []
     batch = out.dim() - columns - (a.dim() > 1)  # dimensions of out that stand before its rows and columns
     for tensor, samples in deciding:

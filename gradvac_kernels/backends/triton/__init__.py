@@ -52,49 +52,30 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, ou
         combine_kernels.combine(grads, weights, _plan(grads, bounds), out)
 
 
-def coefficients(G: torch.Tensor, ema: torch.Tensor | None, **rule: Any) -> tuple[torch.Tensor, ...]:
-    """The inner loop of Algorithm 1 for ``G`` [K, T, T]."""
+def coefficients(
+    G: torch.Tensor, ema: torch.Tensor | None, **rule: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inner loop of Algorithm 1 for ``G`` [K, T, T]; ``rule`` as ``reference.coefficients`` takes it."""
     with device.current(G.device):
-        arrived = torch.zeros(len(G), dtype=torch.int32, device=G.device)
-        rule |= {name: _contiguous(rule[name]) for name in ("task_ids", "vaccinated", "order")}
-        return coefficient_kernels.coefficients(G, arrived, ema, **rule)
+        return _solve(G, torch.zeros(len(G), dtype=torch.int32, device=G.device), ema, **rule)
 
 
 def vaccinate(
-    grads: torch.Tensor,
-    bounds: torch.Tensor,
-    ema: torch.Tensor | None,
-    *,
-    beta: float,
-    target: float | None,
-    task_ids: torch.Tensor | None,
-    vaccinated: torch.Tensor | None,
-    order: torch.Tensor | None,
-    seed: int,
-    step: int | torch.Tensor,
-    first_group: int,
-    out: torch.Tensor,
+    grads: torch.Tensor, bounds: torch.Tensor, ema: torch.Tensor | None, *, out: torch.Tensor, **rule: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine."""
     with device.current(grads.device):
         plan = _plan(grads, bounds)
-        G, arrived = gram_kernels.measure(grads, plan)
-        weights, similarity, corrected = coefficient_kernels.coefficients(
-            G,
-            arrived,
-            ema,
-            beta=beta,
-            target=target,
-            task_ids=_contiguous(task_ids),
-            vaccinated=_contiguous(vaccinated),
-            order=_contiguous(order),
-            seed=seed,
-            step=step,
-            first_group=first_group,
-            limits=precision(grads.dtype),
-        )
-        combine_kernels.combine(grads, weights, plan, out)
-    return weights, similarity, corrected
+        found = _solve(*gram_kernels.measure(grads, plan), ema, limits=precision(grads.dtype), **rule)
+        combine_kernels.combine(grads, found[0], plan, out)
+    return found
+
+
+def _solve(
+    G: torch.Tensor, arrived: torch.Tensor, ema: torch.Tensor | None, **rule: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rule |= {name: _contiguous(rule[name]) for name in ("task_ids", "vaccinated", "order")}
+    return coefficient_kernels.coefficients(G, arrived, ema, **rule)
 
 
 def _plan(grads: torch.Tensor, bounds: torch.Tensor) -> Plan:
