@@ -16,7 +16,7 @@ from . import operations, rules, samples
 from .operations import name_of, tensors_in
 from .samples import Lost, Samples, Tracker
 from .sinks import Sink
-from .slab import Part
+from .slab import Part, Target
 from .task_rows import TaskRows
 from .uses import Use
 
@@ -177,9 +177,10 @@ class Capture(TorchFunctionMode):
         expanded = any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride()))
         if out._is_view() and not expanded:
             out = torch.ops.aten._unsafe_view(out, out.shape)  # a view cannot be marked, and this one is nobody's
+        parts = [None if parameter is None else self._part(parameter) for parameter in wanted]
+        delivery = functools.partial(self.deliver, place, grads, wanted, parts)
         present = [parameter for parameter in wanted if parameter is not None]
-        kept = [tensor.detach() for tensor in saved]
-        out = _Tap.apply(out, self, place, grads, wanted, kept, not expanded, *present)
+        out = _Tap.apply(out, delivery, [tensor.detach() for tensor in saved], not expanded, *present)
         self.tracker.note(out, place)
         return out
 
@@ -199,6 +200,7 @@ class Capture(TorchFunctionMode):
         place: Samples,
         grads: rules.Grads,
         wanted: Sequence[torch.Tensor | None],
+        parts: Sequence[Part | None],
         saved: tuple[torch.Tensor, ...],
         grad: torch.Tensor,
     ) -> None:
@@ -206,32 +208,34 @@ class Capture(TorchFunctionMode):
         reached = self._enter_backward()
         rows = self._task_rows(place, grad.device)
         # autograd.grad, and backward(inputs=...), are not for parameters, or not for all
-        parts = [part if part and part.parameter in reached else None for part in map(self._part, wanted)]
-        if any(part is not None for part in parts):
-            self._sink.add(Use(tuple(parts), grads, rows, saved, grad, place))
+        now = tuple(part if part and part.parameter in reached else None for part in parts)
+        if any(part is not None for part in now):
+            self._sink.add(Use(now, grads, rows, saved, grad, place))
         made = [
-            value
-            if value is not None and not self._part(value) and reached.intersection(self._made_of(value))
-            else None
-            for value in wanted
+            value if value is not None and not part and reached.intersection(self._made_of(value)) else None
+            for value, part in zip(wanted, parts)
         ]
         if any(value is not None for value in made):
-            into = [value if value is None else value.new_zeros(self._num_tasks, *value.shape) for value in made]
+            T = self._num_tasks
+            into = [None if value is None else Target(value.new_zeros(T, *value.shape)) for value in made]
             grads(rows, saved, grad, place.dim, into)
-            for value, rows_ in zip(made, into):
-                if value is not None and rows_ is not None:
-                    self._deliver_through(value, rows_, reached)
+            for value, target in zip(made, into):
+                if value is not None and target is not None:
+                    self._deliver_through(value, target.gradients, reached)
 
     def _deliver_through(self, value: torch.Tensor, grad: torch.Tensor, reached: frozenset[int]) -> None:
         """From the gradients ``[T, ...]`` of something made of parameters to those of the parameters."""
         indices = [index for index in self._made_of(value) if index in reached]
-        parameters = [self._parameters[i] for i in indices]
-        for row in range(len(grad)):
+        parameters = tuple(self._parameters[i] for i in indices)
+        into = [self._sink.rows(index) for index in indices]
+        run = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+        for row, its in enumerate(grad):
             with torch._C._EnableTorchFunction():  # what a checkpoint recomputes is to be seen
-                found = torch.autograd.grad(value, parameters, grad[row], retain_graph=True, allow_unused=True)
-            for index, part in zip(indices, found):
+                # torch.autograd.grad, but for what a function mode makes it cost
+                found = run((value,), (its,), True, False, parameters, allow_unreachable=True, accumulate_grad=False)
+            for rows, part in zip(into, found):
                 if part is not None:
-                    self._sink.add_row(index, row, part.to_dense() if part.is_sparse else part)
+                    rows[row] += part.to_dense() if part.is_sparse else part
 
     def _part(self, value: torch.Tensor | None) -> Part | None:
         """None where it is not a parameter or a view of one."""
@@ -295,8 +299,7 @@ class Capture(TorchFunctionMode):
             for index, parameter in enumerate(self._parameters):
                 if not parameter.requires_grad:
                     continue
-                with torch.enable_grad():
-                    node = torch.autograd.graph.get_gradient_edge(parameter).node
+                node = torch.autograd.graph.get_gradient_edge(parameter).node
                 self._accumulators[index] = node
                 hooks.append(node.register_prehook(functools.partial(self._complete, index)))
             yield
@@ -334,15 +337,12 @@ class _Tap(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         out: torch.Tensor,
-        capture: Capture,
-        place: Samples,
-        grads: rules.Grads,
-        wanted: list[torch.Tensor | None],
+        delivery: Callable[[tuple[torch.Tensor, ...], torch.Tensor], None],
         saved: list[torch.Tensor],
         in_place: bool,
         *present: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.capture, ctx.place, ctx.grads, ctx.wanted, ctx.present = capture, place, grads, wanted, len(present)
+        ctx.delivery, ctx.present = delivery, len(present)
         ctx.save_for_backward(*saved)
         if in_place:
             ctx.mark_dirty(out)
@@ -355,8 +355,8 @@ class _Tap(torch.autograd.Function):
             raise ValueError("batch: expected first derivatives only, got create_graph=True")
         saved = ctx.saved_tensors  # here, where a checkpoint that recomputes them is seen by the mode
         with torch._C.DisableTorchFunction(), _without_autocast(grad.device.type):
-            ctx.capture.deliver(ctx.place, ctx.grads, ctx.wanted, saved, grad)
-        return grad, *[None] * (6 + ctx.present)
+            ctx.delivery(saved, grad)
+        return grad, *[None] * (3 + ctx.present)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:

@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from .capture import Capture
 
 Saved = Sequence[torch.Tensor]
-Into = Sequence[Any]  # of torch.Tensor | None; an embedding's may be a Table
+Into = Sequence[Any]  # of Target | None; an embedding's may be a Table
 Grads = Callable[[TaskRows, Saved, torch.Tensor, int, Into], None]
 """``grads(rows, saved, grad, dim, into)`` adds, for each parameter i of a use, the gradient of task t to
-``into[i][t]`` (None: not wanted), from what was saved and the gradient of the tapped tensor, whose samples lie along
-``dim``."""
+``into[i].gradients[t]`` (``into[i]`` is None: not wanted), from what was saved and the gradient of the tapped tensor,
+whose samples lie along ``dim``."""
 Rule = Callable[["Capture", Callable[..., Any], Any, dict[str, Any]], Any]
 
 _RULES: dict[Any, Rule] = {}
@@ -191,9 +191,7 @@ def _embedding_grads(
     if isinstance(weight, Table):
         ids = torch.searchsorted(weight.rows, ids)
     ids, ys = rows.arranged(ids, dim), rows.arranged(grad, dim)
-    for row, its, values in zip(
-        weight.memory if isinstance(weight, Table) else weight, rows.split(ids), rows.split(ys)
-    ):
+    for row, its, values in zip(weight.gradients, rows.split(ids), rows.split(ys)):
         its, values = its.flatten(), _matrix(values).to(row.dtype)
         if row.device.type == "cpu":
             row.index_add_(0, its, values)
@@ -268,7 +266,7 @@ def _scale_grads(
     for which, target in enumerate(into):
         if target is not None:
             values = grad if which else normalised(saved[0].to(target.dtype)).mul_(grad)
-            rows.add_sums(rows.arranged(values, dim), target if channels is None else target.unflatten(1, channels))
+            rows.add_sums(rows.arranged(values, dim), target, channels)
 
 
 @register_rule("conv1d")
@@ -296,12 +294,12 @@ def _convolution_grads(
     weight, bias = into
     ys = rows.arranged(grad, dim)
     if bias is not None:
-        rows.add_sums(ys, bias.unflatten(1, (bias.shape[1], *[1] * (grad.dim() - 2))))
+        rows.add_sums(ys, bias, (grad.shape[1], *[1] * (grad.dim() - 2)))
     if weight is None:
         return
     stride, padding, dilation = geometry
     xs = rows.arranged(saved[0], dim)
-    for row, x, y in zip(weight, rows.split(xs), rows.split(ys)):
+    for row, x, y in zip(weight.gradients, rows.split(xs), rows.split(ys)):
         if len(x):
             shape_only = row.new_empty(1).expand(row.shape)
             _, found, _ = torch.ops.aten.convolution_backward(
@@ -438,17 +436,17 @@ def _tap_operand(capture: Capture, value: torch.Tensor, shape: torch.Size, sampl
 def _broadcast_grads(rows: TaskRows, saved: Saved, grad: torch.Tensor, dim: int, into: Into) -> None:
     (target,) = into
     if target is not None:
-        own = dim - (
-            grad.dim() - (target.dim() - 1)
-        )  # arranged moves the samples to the front; here they are one entry
-        rows.add_sums(rows.arranged(grad, dim), target.squeeze(own + 1) if own >= 0 else target)
+        own = dim - (grad.dim() - len(target.size))
+        size = tuple(target.size) if own < 0 else (*target.size[:own], *target.size[own + 1 :])
+        # arranged moves the samples, which are one entry here, to the front
+        rows.add_sums(rows.arranged(grad, dim), target, size)
 
 
 def _part_grads(rows: TaskRows, saved: Saved, grad: torch.Tensor, dim: int, into: Into, own: int) -> None:
     """The operand has an entry of its own for each sample: that of a task is zero at the others' samples."""
     if into[0] is None:
         return
-    for t, row in enumerate(into[0]):
+    for t, row in enumerate(into[0].gradients):
         mine = (rows.rows == t).nonzero().flatten().to(grad.device)
         values = grad.index_select(dim, mine).sum_to_size(
             [len(mine) if d == own else size for d, size in enumerate(row.shape)]
@@ -496,7 +494,7 @@ def _general_grads(
                 found = torch.autograd.grad(out, wanted, masked, retain_graph=True, allow_unused=True)
             for target, part in zip(into, found):
                 if target is not None and part is not None:
-                    target[t] += part
+                    target.gradients[t] += part
 
 
 class _Around(torch.autograd.Function):

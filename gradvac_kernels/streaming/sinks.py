@@ -13,7 +13,7 @@ from .. import ops
 from ..groups import ParameterGroups
 from ..result import Vaccination
 from .arena import Arena
-from .slab import Part, Slab, view_of
+from .slab import Part, Slab, Table, Target, view_of
 from .uses import Use
 
 
@@ -32,8 +32,8 @@ class Sink(Protocol):
     def add(self, use: Use) -> None:
         """The gradients of one use."""
 
-    def add_row(self, parameter: int, row: int, grad: torch.Tensor) -> None:
-        """A gradient of one task."""
+    def rows(self, parameter: int) -> torch.Tensor:
+        """Its gradients ``[T, *shape]``, to be added to in place."""
 
     def complete(self, parameter: int) -> None:
         """All gradients of the parameter are there."""
@@ -58,11 +58,11 @@ class BufferSink:
         """Any number of times."""
 
     def add(self, use: Use) -> None:
-        use.add([part and self._view(part) for part in use.parts])
+        use.add([part and Target(self._view(part)) for part in use.parts])
 
-    def add_row(self, parameter: int, row: int, grad: torch.Tensor) -> None:
+    def rows(self, parameter: int) -> torch.Tensor:
         slot = self._groups.parameters[parameter]
-        self._view(Part(parameter, slot.shape, slot.stride, 0))[row] += grad
+        return self._view(Part(parameter, slot.shape, slot.stride, 0))
 
     def complete(self, parameter: int) -> None:
         self.fired.add(parameter)
@@ -143,20 +143,19 @@ class StreamSink:
                 raise self._late(part.parameter)
         now = [part is not None and self._group_of(part) not in self._coarse for part in use.parts]
         if any(now):
-            use.add([self._view(part) if wanted and part else None for part, wanted in zip(use.parts, now)])
+            use.add([self._target(part) if wanted and part else None for part, wanted in zip(use.parts, now)])
         kept = {part.parameter for part, wanted in zip(use.parts, now) if part is not None and not wanted}
         for index in kept:
             self._uses.setdefault(index, []).append(use)
 
-    def add_row(self, parameter: int, row: int, grad: torch.Tensor) -> None:
+    def rows(self, parameter: int) -> torch.Tensor:
         slot = self._groups.parameters[parameter]
         whole = Part(parameter, slot.shape, slot.stride, 0)
         if slot.group not in self._coarse:
-            self._view(whole)[row] += grad
-            return
+            return self._target(whole).gradients
         if parameter not in self._dense:
             self._dense[parameter] = self._result.new_zeros(self._num_tasks, slot.numel)
-        view_of(self._dense[parameter], whole, 0)[row] += grad
+        return view_of(self._dense[parameter], whole, 0)
 
     def complete(self, parameter: int) -> None:
         self.fired.add(parameter)
@@ -206,7 +205,7 @@ class StreamSink:
             if index in self._dense:
                 slab.grads.copy_(self._dense[index])
             for use in uses:
-                use.add([slab.view(part) if part and part.parameter == index else None for part in use.parts])
+                use.add([slab.target(part) if part and part.parameter == index else None for part in use.parts])
             G += ops.gram(slab.grads, slab.groups)
             slab.release()
         found = self._step.weigh(G, self._slabs[group], self._task_ids, out.dtype)
@@ -218,7 +217,8 @@ class StreamSink:
                 row += (weights @ self._dense.pop(index).to(weights.dtype)).to(row.dtype)
             for use in self._uses.pop(index, ()):
                 use.add_weighted(
-                    weights, [view_of(row, part, 0) if part and part.parameter == index else None for part in use.parts]
+                    weights,
+                    [Target(view_of(row, part, 0)) if part and part.parameter == index else None for part in use.parts],
                 )
         return Vaccination(out, *found)
 
@@ -232,8 +232,8 @@ class StreamSink:
             self._open[group] = Slab(self._slabs[group], members, rows, self._num_tasks, self._arena)
         return self._open[group]
 
-    def _view(self, part: Part) -> Any:
-        return self._slab(self._group_of(part)).view(part)
+    def _target(self, part: Part) -> Target | Table:
+        return self._slab(self._group_of(part)).target(part)
 
     def _rows_of(self, members: Sequence[int]) -> dict[int, torch.Tensor]:
         """Of the embeddings among these of which no more than half can have been looked up: those rows."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,10 +22,45 @@ class Part(NamedTuple):
     offset: int
 
 
+class Target:
+    """Where the gradients ``[T, ...]`` of one use of a parameter are to be added.
+
+    Args:
+        memory: of any strides.
+        begin: called before something is added, with whether all of ``memory`` will be written; says if it is to be
+            overwritten. Without it, it is to be added to.
+    """
+
+    def __init__(self, memory: torch.Tensor, begin: Callable[[bool], bool] | None = None) -> None:
+        self._memory = memory
+        self._begin = begin
+
+    @property
+    def size(self) -> torch.Size:
+        """Of one task's gradient."""
+        return self._memory.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is added up in."""
+        return self._memory.dtype
+
+    @property
+    def gradients(self) -> torch.Tensor:
+        """``[T, ...]``, to be added to in place."""
+        if self._begin is not None:
+            self._begin(False)
+        return self._memory
+
+    def overwritten(self) -> tuple[torch.Tensor, int]:
+        """``[T, ...]``, and the factor of what it holds: with 0, all of it is to be written now."""
+        return self._memory, int(self._begin is None or not self._begin(True))
+
+
 class Table(NamedTuple):
     """The gradients of those rows of an embedding that were looked up."""
 
-    memory: torch.Tensor  # [T, U, D]
+    gradients: torch.Tensor  # [T, U, D]
     rows: torch.Tensor  # [U], ascending
 
 
@@ -67,13 +104,14 @@ class Slab:
             self._begin(index)
         return self._whole()
 
-    def view(self, part: Part) -> torch.Tensor | Table:
-        """``[T, *part.size]``, to be added to."""
-        self._begin(part.parameter)
+    def target(self, part: Part) -> Target | Table:
+        """``[T, *part.size]``."""
         column, end = self._columns[part.parameter]
         rows = self._rows.get(part.parameter)
         if rows is None:
-            return view_of(self._whole(), part, column)
+            begin = functools.partial(self._begin, part.parameter, math.prod(part.size) == end - column)
+            return Target(view_of(self._whole(), part, column), begin)
+        self._begin(part.parameter)
         return Table(self._whole()[:, column:end].unflatten(1, (len(rows), -1)), rows)
 
     def result(self, out: torch.Tensor) -> torch.Tensor:
@@ -101,11 +139,16 @@ class Slab:
     def _whole(self) -> torch.Tensor:
         return self._memory.view(-1, self.groups.numel)
 
-    def _begin(self, index: int) -> None:
-        if index not in self._begun:  # not the whole slab at once: these columns are in the cache then
-            self._begun.add(index)
-            column, end = self._columns[index]
-            self._whole()[:, column:end].zero_()
+    def _begin(self, index: int, complete: bool = False, to_be_written: bool = False) -> bool:
+        """Columns that nothing was added to are zero from now on; unless they are all to be written: then True."""
+        if index in self._begun:
+            return False
+        self._begun.add(index)
+        if complete and to_be_written:
+            return True
+        column, end = self._columns[index]
+        self._whole()[:, column:end].zero_()
+        return False
 
 
 def view_of(slab: torch.Tensor, part: Part, column: int) -> torch.Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .samples import Samples
+from .slab import Target
 
-_SCRATCH = 1 << 20  # bytes
+_SCRATCH = 5 << 18  # bytes
 
 
 class TaskRows:
@@ -38,58 +41,69 @@ class TaskRows:
         """What :meth:`arranged` gave, task by task."""
         return tensor.split(self.counts)
 
-    def add_products(self, left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
+    def add_products(self, left: torch.Tensor, right: torch.Tensor, into: Target) -> None:
         """``into[t] += left_t' right_t``, for matrices of arranged rows ``[n * L, I]`` and ``[n * L, J]``.
 
         Args:
             into: ``[T, I, J]``, of any strides.
         """
-        if into.stride(2) != 1 and into.stride(1) == 1:
-            return self.add_products(right, left, into.transpose(1, 2))
-        short = _short_type(left, right, into)
-        left, right = left.to(short or into.dtype), right.to(short or into.dtype)
+        memory, beta = into.overwritten()
+        if memory.stride(2) != 1 and memory.stride(1) == 1:
+            left, right, memory = right, left, memory.transpose(1, 2)
+        short = _short_type(left, right, memory)
+        left, right = left.to(short or memory.dtype), right.to(short or memory.dtype)
         if self.equal and short is None:
             tall = (len(self.counts), -1)
-            _add_batched(left.unflatten(0, tall).transpose(1, 2), right.unflatten(0, tall), into)
-            return None
+            _add_batched(left.unflatten(0, tall).transpose(1, 2), right.unflatten(0, tall), memory, beta)
+            return
         length = len(left) // max(1, len(self.rows))
         counts = [count * length for count in self.counts]
-        for row, a, b in zip(into, left.split(counts), right.split(counts)):
-            if len(a) and short is None:
-                row.addmm_(a.T, b)
-            elif len(a):
-                row += torch.mm(a.T, b, out_dtype=row.dtype)
-        return None
+        for row, a, b in zip(memory, left.split(counts), right.split(counts)):
+            if short is None:
+                row.addmm_(a.T, b, beta=beta)
+            else:
+                _add(torch.mm(a.T, b, out_dtype=row.dtype), row, beta)
 
-    def add_sums(self, values: torch.Tensor, into: torch.Tensor) -> None:
+    def add_sums(self, values: torch.Tensor, into: Target, size: Sequence[int] | None = None) -> None:
         """``into[t] += sum of values_t``, over the samples and over what broadcasting added.
 
         Args:
             values: arranged, ``[n, ...]``, where the other dimensions are what ``into[t]`` was broadcast to.
             into: ``[T, ...]``.
+            size: of ``into[t]``, with other dimensions of size 1 than it has.
         """
-        inner = values.shape[values.dim() - (into.dim() - 1) :]
-        if self.equal and values.is_contiguous() and inner == into.shape[1:]:
-            into += values.view(len(into), -1, *inner).sum(1, dtype=into.dtype)
+        memory, beta = into.overwritten()
+        memory = memory if size is None else memory.view(len(memory), *size)
+        inner = values.shape[values.dim() - (memory.dim() - 1) :]
+        if self.equal and values.is_contiguous() and inner == memory.shape[1:]:
+            _add(values.view(len(memory), -1, *inner).sum(1, dtype=memory.dtype), memory, beta)
             return
-        values = _sum_broadcast(values, into)  # [n, ...] first, what is small for each task then
+        values = _sum_broadcast(values, memory)  # [n, ...] first, what is small for each task then
         if self.equal:
-            into += values.unflatten(0, (len(self.counts), -1)).sum(1)
+            _add(values.unflatten(0, (len(self.counts), -1)).sum(1), memory, beta)
             return
-        for row, part in zip(into, self.split(values)):
-            if len(part):
-                row += part.sum(0)
+        for row, part in zip(memory, self.split(values)):
+            _add(part.sum(0), row, beta)
 
 
-def _add_batched(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> None:
-    """``into += left @ right``, where ``into`` lies in a slab, its matrices far apart."""
-    if into.device.type != "cpu":
-        into.baddbmm_(left, right)
+def _add(values: torch.Tensor, into: torch.Tensor, beta: int) -> None:
+    """``into = beta * into + values``, for 0, where what it holds does not count, or 1."""
+    if beta:
+        into += values
+    else:
+        into.copy_(values)
+
+
+def _add_batched(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor, beta: int) -> None:
+    """``into = beta * into + left @ right``, where ``into`` lies in a slab, its matrices far apart."""
+    at_once = _SCRATCH // (into[0].numel() * into.element_size())
+    if into.device.type != "cpu" or at_once < 2:
+        into.baddbmm_(left, right, beta=beta)
         return
-    # There that is one product after another, each of which wakes all threads: a few rows of all matrices, and a copy.
-    rows = max(1, _SCRATCH // (len(into) * into.shape[2] * into.element_size()))
-    for part, its in zip(into.split(rows, 1), left.split(rows, 1)):
-        part += torch.bmm(its, right)
+    # There that is one product after another, each of which wakes all threads: some tasks together, and a copy.
+    tasks = -(-len(into) // -(-len(into) // at_once))
+    for part, a, b in zip(into.split(tasks), left.split(tasks), right.split(tasks)):
+        _add(torch.bmm(a, b), part, beta)
 
 
 def _short_type(left: torch.Tensor, right: torch.Tensor, into: torch.Tensor) -> torch.dtype | None:
