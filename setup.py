@@ -1,6 +1,7 @@
 """Builds the native modules through CMake and Ninja; everything else is in pyproject.toml.
 
-GRADVAC_SANITIZE=address,undefined builds with these sanitizers.
+GRADVAC_SANITIZE=address,undefined builds with these sanitizers. GRADVAC_BUILD_CUDA=1 insists on the CUDA kernels, 0
+leaves them out; by default they are built where nvcc is found.
 """
 
 import os
@@ -19,8 +20,8 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     """One CMake project, ``csrc``, for all extensions."""
 
-    def build_extension(self, ext: Extension) -> None:
-        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+    def build_extensions(self) -> None:
+        target = Path(self.get_ext_fullpath(self.extensions[0].name)).parent.resolve()
         ninja = shutil.which("ninja")
         if ninja is None:
             raise RuntimeError("ninja is not on PATH: pip install ninja")
@@ -35,10 +36,15 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_INSTALL_PREFIX={target}",
             f"-DGRADVAC_SANITIZE={os.environ.get('GRADVAC_SANITIZE', '')}",
+            f"-DGRADVAC_BUILD_CUDA={os.environ.get('GRADVAC_BUILD_CUDA', 'auto')}",
             str(ROOT / "csrc"),
         ]
         subprocess.run(configure, cwd=build, check=True)
         subprocess.run(["cmake", "--build", ".", "--target", "install"], cwd=build, check=True)
 
 
-setup(ext_modules=[Extension("gradvac_kernels._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+EXTENSIONS = [
+    Extension("gradvac_kernels._cpu", sources=[]),
+    Extension("gradvac_kernels._cuda", sources=[], optional=True),  # may be left out
+]
+setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": CMakeBuild})

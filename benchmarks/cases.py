@@ -101,6 +101,8 @@ GPU_GRID = (
     Case(8, 100_000_000, 100, torch.float32, "cuda"),
     Case(8, 1_000_000, 100, torch.float32, "cuda"),
     Case(32, 10_000_000, 12, torch.float32, "cuda"),
+    # groups of 4M, 1M and 250k columns: whether they stay on the chip from one pass to the other
+    *(Case(8, 200_000_000, K, torch.bfloat16, "cuda") for K in (50, 200, 800)),
 )
 """With ``--device cuda``."""
 

@@ -1,15 +1,20 @@
 #!/usr/bin/env bash
 # All that takes a GPU, in one call: build, parity tests, compute-sanitizer, benchmarks. Logs and JSON go to OUT.
 #
-#   benchmarks/gpu.sh OUT          PYTHON=... chooses the Python (python3), which needs torch, triton, pytest and
-#                                  pytest-benchmark; nothing is downloaded.
+#   benchmarks/gpu.sh OUT [STAGE...]   only these of: tests benchmarks memcheck racecheck synccheck initcheck traffic.
+#                                      PYTHON=... chooses the Python (python3), which needs torch, triton, pytest and
+#                                      pytest-benchmark; nothing is downloaded.
 set -u
-out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [STAGE...]}" && cd "$1" && pwd)
+shift
+wanted=" ${*:-tests benchmarks memcheck racecheck synccheck initcheck traffic} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=()
+
+is_wanted() { [[ $wanted == *" $1 "* ]]; }
 
 stage() { # stage NAME SECONDS COMMAND...: the log goes to OUT/NAME.log
   local name=$1 limit=$2 start=$SECONDS
@@ -27,25 +32,44 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
   echo "no GPU that torch of $python can use"
   exit 1
 fi
-# Together less than ten minutes. What is interrupted still writes what it has.
+# Some ten minutes together. What is interrupted still writes what it has.
 stage gpu 20 nvidia-smi
-stage build 60 "$python" setup.py build_ext --inplace
+stage build 120 "$python" setup.py build_ext --inplace
 stage environment 30 "$python" -m gradvac_kernels.env
 cat "$out/environment.log"
-workers=() # most of the tests' time is compiling
-"$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
-stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
-grep -E "^error of the Gram|passed|failed" "$out/tests.log"
-stage benchmarks 220 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
-  -p no:cacheprovider
-grep -A 200 "time of each implementation" "$out/benchmarks.log"
+if is_wanted tests; then
+  workers=() # most of the tests' time is compiling
+  "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
+  stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
+  grep -E "^error of the Gram|passed|failed" "$out/tests.log"
+fi
+if is_wanted benchmarks; then
+  stage benchmarks 240 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
+    -p no:cacheprovider
+  grep -A 200 "time of each implementation" "$out/benchmarks.log"
+fi
 # A subset: the sanitizer is some hundred times slower. Every tensor its own allocation, so that it sees their ends.
-if command -v compute-sanitizer >/dev/null; then
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage sanitizer 70 compute-sanitizer --error-exitcode 9 --report-api-errors no \
-    "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider -m small
-  tail -n 3 "$out/sanitizer.log"
-else
-  echo "sanitizer: not run, compute-sanitizer is not on the PATH"
+for tool in memcheck racecheck synccheck initcheck; do
+  is_wanted $tool || continue
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "$tool: not run, compute-sanitizer is not on the PATH"
+    continue
+  fi
+  subset=(-m small)
+  [ $tool = memcheck ] || subset+=(-k cuda)
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 \
+    --report-api-errors no "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider "${subset[@]}"
+  tail -n 3 "$out/$tool.log"
+done
+# What one pass reads and writes of memory, where the profiler may count.
+if is_wanted traffic; then
+  if command -v ncu >/dev/null; then
+    stage traffic 60 ncu --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
+      --kernel-name regex:vaccinate_in_one_pass "$python" -m benchmarks.traffic
+    grep -E "vaccinate_in_one_pass|dram__|duration|gradients" "$out/traffic.log"
+  else
+    echo "traffic: not run, ncu is not on the PATH"
+  fi
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
 import gradvac_kernels as gvk
+from gradvac_kernels.backends import cuda
 
 from . import baselines
 from .cases import FULL_GRID, GPU_GRID, GRID, Case
-from .contest import Builder, Contest, Contestant, Operator, Record
+from .contest import Builder, Contest, Contestant, NotRun, Operator, Record
 from .memory import peak_memory
 from .replay import clock
 
@@ -35,11 +37,35 @@ def _ours(backend: str) -> Builder:
     return build
 
 
+def _cuda_path(one_pass: bool) -> Builder:
+    """The CUDA backend on a path that it might not choose."""
+
+    def build(case: Case) -> Contestant:
+        ema, out, steps = case.targets(), case.empty(case.P), itertools.count()
+        rule: dict[str, Any] = {"beta": baselines.BETA, "target": None, "task_ids": None, "vaccinated": None}
+        rule |= {"order": None, "seed": 0, "first_group": 0}
+        if case.device == "cpu" or not cuda._cuda.has_one_pass(cuda._buffer(case.empty(case.T, case.P)), (0, 0, True)):
+            raise NotRun("there is one path for it")
+
+        def run(grads: torch.Tensor) -> torch.Tensor:
+            cuda.vaccinate(grads, case.groups.bounds, ema, out=out, one_pass=one_pass, step=next(steps), **rule)
+            return out
+
+        return Contestant(run, baselines.tolerance(case.dtype, least=1e-5))
+
+    return build
+
+
+_PATHS: dict[str, Builder] = {}
+if "cuda" in gvk.available_backends():
+    _PATHS = {"cuda-one-pass": _cuda_path(True), "cuda-two-passes": _cuda_path(False)}
+
 OPERATOR = Operator(
     "vaccinate",
     lambda case, grads: baselines.exact(grads, case.groups),
     _ours,
     {
+        **_PATHS,
         "torch-sum": baselines.plain_sum,
         "torch-sum-out": baselines.plain_sum_out,
         "torch-two-pass": baselines.two_pass,

@@ -1,7 +1,7 @@
 """Every test runs on every backend and, of the native one, on every variant that this machine has.
 
-Where there is no GPU, the Triton kernels run in Triton's interpreter, on tensors in host memory. Where there is one,
-tests/test_gpu.py holds them to the oracle there.
+Where there is no GPU, the Triton kernels run in Triton's interpreter and the CUDA kernels in fibers, on tensors in host
+memory. Where there is one, tests/test_gpu.py holds them to the oracle there.
 """
 
 import os
@@ -12,7 +12,12 @@ import torch
 if not (torch.cuda.is_available() or torch.xpu.is_available()):
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are made
 
-from gradvac_kernels.backends import available_backends, choose, cpu, triton
+import cuda_host
+
+from gradvac_kernels.backends import available_backends, choose, cpu, cuda, triton
+
+if not torch.cuda.is_available() and cuda_host.why_unavailable() is None:
+    cuda._cuda, cuda._missing, cuda._DEVICE = cuda_host.load(), None, "cpu"
 
 if triton.why_unavailable() is None and triton.device.INTERPRETED:
     # The interpreter's time goes by operations, however wide: longer vectors than a GPU
@@ -35,17 +40,25 @@ def _on_the_host(name):
         return False
 
 
-BACKENDS = [name for name in available_backends() if name != "cpu" and _on_the_host(name)]
+BACKENDS = [name for name in available_backends() if name not in ("cpu", "cuda") and _on_the_host(name)]
 if "cpu" in available_backends():
     BACKENDS += [f"cpu:{variant}" for variant in cpu.instruction_sets()]
+if _on_the_host("cuda"):
+    BACKENDS += ["cuda:two passes", "cuda:one pass"]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Name of a backend; "cpu:avx2" forces that variant for the test."""
+    """Name of a backend; "cpu:avx2" forces that variant for the test, "cuda:one pass" that path."""
     name, _, variant = request.param.partition(":")
     if not variant:
         yield name
+        return
+    if name == "cuda":
+        room = 1 << 60 if variant == "one pass" else -1
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "_room", lambda device: room)
+            yield name
         return
     before = cpu.instruction_set()
     cpu.use_instruction_set(variant)

@@ -14,8 +14,9 @@ from gradvac_kernels.backends import triton
 if triton.why_unavailable() is not None:
     pytest.skip(triton.why_unavailable(), allow_module_level=True)
 
+from gradvac_kernels.backends.pieces import RUN, piece_columns
 from gradvac_kernels.backends.triton import device, gram_kernels
-from gradvac_kernels.backends.triton.plan import COMBINED, RUN, make_plan, piece_columns
+from gradvac_kernels.backends.triton.plan import COMBINED, make_plan
 
 CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(not device.INTERPRETED, reason="with a GPU: tests/test_gpu.py")

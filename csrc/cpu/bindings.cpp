@@ -23,8 +23,7 @@ T* pointer(Address address) {
 }
 
 cpu::Buffer buffer(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K) {
-  return {
-      pointer<const void>(data), static_cast<cpu::Dtype>(dtype), T, row_stride, pointer<const std::int64_t>(bounds), K};
+  return {pointer<const void>(data), static_cast<Dtype>(dtype), T, row_stride, pointer<const std::int64_t>(bounds), K};
 }
 
 void gram(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K, Address G,
@@ -35,7 +34,7 @@ void gram(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Addr
 void combine(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K,
              Address weights, Address out, int out_dtype, int threads) {
   cpu::combine(buffer(data, dtype, T, row_stride, bounds, K), pointer<const double>(weights),
-               {pointer<void>(out), static_cast<cpu::Dtype>(out_dtype)}, threads);
+               {pointer<void>(out), static_cast<Dtype>(out_dtype)}, threads);
 }
 
 cpu::Vaccine vaccine(Address ema, std::int64_t N, double beta, double target, double max_target, double noise,
@@ -75,7 +74,7 @@ void vaccinate(Address data, int dtype, std::int64_t T, std::int64_t row_stride,
   cpu::vaccinate(buffer(data, dtype, T, row_stride, bounds, K),
                  vaccine(ema, N, beta, target, max_target, noise, smallest, largest, task_ids, turnable, order, seed,
                          step, first_group, weights, similarity, corrected),
-                 {pointer<void>(out), static_cast<cpu::Dtype>(out_dtype)}, threads);
+                 {pointer<void>(out), static_cast<Dtype>(out_dtype)}, threads);
 }
 
 std::vector<std::string> instruction_sets() {

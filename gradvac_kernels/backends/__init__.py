@@ -6,9 +6,14 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}  # the faster ones first
+_BACKENDS: dict[str, ModuleType] = {  # the faster ones first
+    "cpu": cpu,
+    "triton": triton,
+    "cuda": cuda,
+    "reference": reference,
+}
 
 
 def available_backends() -> tuple[str, ...]:

@@ -1,16 +1,12 @@
 // The CPU backend's face: raw pointers and sizes, no torch.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
+#include "gradvac/dtype.h"
 #include "gradvac/recurrence.h"
 
 namespace gradvac::cpu {
-
-enum class Dtype { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
-constexpr int kDtypes = 4;
-constexpr std::size_t size_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 // grads [T, P] with contiguous rows `row_stride` elements apart; bounds [K, 2], first column and one past the last.
 struct Buffer {

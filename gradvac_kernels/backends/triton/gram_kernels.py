@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..pieces import RUN
 from . import device
-from .plan import RUN, Plan
+from .plan import Plan
 
 # ---------------------------------------------------------------------------- few rows: outer products in registers
 

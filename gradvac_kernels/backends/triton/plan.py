@@ -1,8 +1,4 @@
-"""How the columns of the groups are dealt out to programs: tables, made once for a layout and kept on the device.
-
-Where a group is cut depends on its own columns and the number of rows only, never on the device or on the other groups:
-so do the bits.
-"""
+"""How the columns of the groups are dealt out to programs: tables, made once for a layout and kept on the device."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-RUN = 4096  # columns whose products are added up in float32; float64 adds up the runs
+from ..pieces import RUN, cut, piece_columns
+
 COMBINED = 1024  # columns of the result that a program of combine makes
 
 
@@ -37,8 +34,8 @@ class Plan(NamedTuple):
 def make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device) -> Plan:
     """The plan for groups with these bounds. Copies its tables to the device and waits for them, once a layout."""
     bounds = list(zip(edges[::2], edges[1::2]))
-    pieces = [_cut(begin, end, piece_columns(end - begin, num_rows)) for begin, end in bounds]
-    blocks = [(k, *block) for k, (begin, end) in enumerate(bounds) for block in _cut(begin, end, COMBINED)]
+    pieces = [cut(begin, end, piece_columns(end - begin, num_rows)) for begin, end in bounds]
+    blocks = [(k, *block) for k, (begin, end) in enumerate(bounds) for block in cut(begin, end, COMBINED)]
 
     def table(rows: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).to(device)
@@ -50,24 +47,3 @@ def make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device) -> Pl
         blocks=table(blocks[::-1], 3),
         alignment=math.gcd(*(begin for begin, end in bounds if end - begin > RUN)),
     )
-
-
-def piece_columns(columns: int, num_rows: int) -> int:
-    """Columns of each piece of a group, 0 for none: short ones where there is little to share out, and never more
-    pieces than are quickly added up.
-
-    A piece leaves T x T sums behind: with many rows it is made longer, so that they stay few beside what was read.
-    """
-    if columns <= RUN:
-        return 0
-    if num_rows <= 16:
-        unit, most = (RUN // 4 if columns <= 64 * RUN else RUN), 2048
-    else:
-        unit, most = 2 * RUN, 1024
-    return unit * -(-columns // (unit * most))
-
-
-def _cut(begin: int, end: int, length: int) -> list[tuple[int, int]]:
-    if length == 0:
-        return []
-    return [(start, min(start + length, end)) for start in range(begin, end, length)]

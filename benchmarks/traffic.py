@@ -1,0 +1,17 @@
+"""One step a size of group by the one-pass kernel, for a profiler that counts what is read: see ``gpu.sh``."""
+
+from __future__ import annotations
+
+import torch
+
+from .cases import GPU_GRID
+from .test_vaccinate import OPERATOR
+
+if __name__ == "__main__":
+    for case in GPU_GRID:
+        if case.dtype == torch.bfloat16 and case.T == 8 and case.K > 12:
+            print(
+                f"{case}: {case.nbytes / 1e9:.2f} GB of gradients in groups of {case.P // case.K} columns", flush=True
+            )
+            OPERATOR.peers["cuda-one-pass"](case).run(case.buffer(0))
+            torch.cuda.synchronize()

@@ -1,0 +1,157 @@
+// What the kernels need beyond CUDA's own words: memory, inter-block and matrix instructions, and launches, under names
+// of the project's. tests/ has the same names for a host that plays the device.
+#pragma once
+
+#ifdef GRADVAC_CUDA_HOST
+#include "cuda_host.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace gradvac::cuda {
+
+// ---- memory
+
+__device__ inline char* shared_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// Through the cache for what no kernel writes meanwhile.
+template <class T>
+__device__ inline T load_constant(const T* p) {
+  return __ldg(p);
+}
+// What another block may have written during this launch.
+template <class T>
+__device__ inline T load_shared_by_blocks(const T* p) {
+  return __ldcg(p);
+}
+
+// To global memory, at 16 bytes. In words of PTX: the compiler may take a plain store apart.
+__device__ inline void store16(void* p, std::uint32_t a, std::uint32_t b, std::uint32_t c, std::uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// ---- between blocks: what a block wrote before `arrive` or `publish` is seen by those that saw them
+
+__device__ inline std::int32_t arrive(std::int32_t* counter) {
+  __threadfence();
+  const std::int32_t before = atomicAdd(counter, 1);
+  __threadfence();
+  return before;
+}
+__device__ inline void publish(std::int32_t* flag) {
+  __threadfence();
+  atomicExch(flag, 1);
+}
+__device__ inline bool is_published(const std::int32_t* flag) {
+  const bool published = *reinterpret_cast<const volatile std::int32_t*>(flag) != 0;
+  __threadfence();
+  return published;
+}
+constexpr int kMostPolls = 1 << 27;  // minutes; waiting for good would hang the machine
+__device__ inline void wait_a_little() { __nanosleep(64); }
+__device__ inline void give_up() { __trap(); }
+
+// ---- arithmetic
+
+__device__ inline float half_to_float(std::uint32_t bits) {
+  float x;
+  asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(bits));
+  return x;
+}
+__device__ inline std::uint32_t float_to_half(float x) {
+  std::uint32_t bits;
+  asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.u32.u16 %0, h; }" : "=r"(bits) : "f"(x));
+  return bits;
+}
+__device__ inline std::uint32_t float_to_bfloat16(float x) {
+  std::uint32_t bits;
+  asm("{ .reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h; }" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
+// sums += a b, for a [16, 16], b [16, 8] in the layout of mma.m16n8k16
+__device__ inline void multiply_bfloat16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void multiply_float16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// ---- launches
+
+struct Launch {
+  std::int64_t blocks;
+  int threads;
+  std::size_t shared;     // bytes
+  bool together = false;  // all blocks are resident at once, or none is launched
+  void* stream;
+};
+
+// More than 48 KiB is to be asked for.
+template <class... P>
+cudaError_t allow_shared(void (*kernel)(P...), std::size_t bytes) {
+  if (bytes <= 48 << 10) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), const Launch& how, const A&... arguments) {
+  const cudaError_t error = allow_shared(kernel, how.shared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = how.together;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(how.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = how.shared;
+  config.stream = static_cast<cudaStream_t>(how.stream);
+  config.attrs = &attribute;
+  config.numAttrs = how.together ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+}
+
+constexpr int kTooMany = cudaErrorInvalidConfiguration;
+inline const char* describe_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+// How many blocks of a kernel a multiprocessor holds at once.
+template <class... P>
+cudaError_t occupancy(int* blocks, void (*kernel)(P...), int threads, std::size_t shared) {
+  const cudaError_t error = allow_shared(kernel, shared);
+  return error != cudaSuccess ? error : cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
+}
+
+inline cudaError_t clear(std::int32_t* counters, std::int64_t count, void* stream) {
+  return cudaMemsetAsync(counters, 0, count * sizeof(*counters), static_cast<cudaStream_t>(stream));
+}
+
+inline cudaError_t set_device(int device) { return cudaSetDevice(device); }
+
+struct Machine {
+  int multiprocessors = 0;
+  int shared_per_multiprocessor = 0, shared_per_block = 0;  // bytes
+};
+inline cudaError_t examine(Machine* machine) {
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  const auto get = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  get(&machine->multiprocessors, cudaDevAttrMultiProcessorCount);
+  get(&machine->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  get(&machine->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return error;
+}
+
+}  // namespace gradvac::cuda
+
+#endif

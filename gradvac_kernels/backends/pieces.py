@@ -1,0 +1,31 @@
+"""Where the GPU backends cut the groups.
+
+It depends on a group's own columns and the number of rows only, never on the device or on the other groups: so do the
+bits.
+"""
+
+from __future__ import annotations
+
+RUN = 4096  # columns whose products are added up in float32; float64 adds up the runs
+
+
+def piece_columns(columns: int, num_rows: int) -> int:
+    """Columns of each piece of a group, 0 for none: short ones where there is little to share out, and never more
+    pieces than are quickly added up.
+
+    A piece leaves T x T sums behind: with many rows it is made longer, so that they stay few beside what was read.
+    """
+    if columns <= RUN:
+        return 0
+    if num_rows <= 16:
+        unit, most = (RUN // 4 if columns <= 64 * RUN else RUN), 2048
+    else:
+        unit, most = 2 * RUN, 1024
+    return unit * -(-columns // (unit * most))
+
+
+def cut(begin: int, end: int, length: int) -> list[tuple[int, int]]:
+    """First column and one past the last of each piece; none of length 0."""
+    if length == 0:
+        return []
+    return [(start, min(start + length, end)) for start in range(begin, end, length)]

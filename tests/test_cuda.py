@@ -1,0 +1,167 @@
+"""The CUDA kernels on a host that plays the device: both paths, and the protocol between blocks in random schedules."""
+
+import pytest
+import torch
+from cases import LAYOUTS, task_gradients
+
+import gradvac_kernels as gvk
+from gradvac_kernels.backends import cuda, pieces
+
+host = cuda._cuda if cuda._DEVICE == "cpu" else None
+pytestmark = pytest.mark.skipif(host is None, reason="the CUDA sources are not compiled for the host here")
+# empty ones, a short one, some of a few pieces, and one of more pieces than there are blocks
+GROUPS = gvk.ParameterGroups.from_sizes(
+    {"a": 3, "b": 5000, "c": 0, "d": 9001, "e": 4096, "f": 20000, "g": 0, "h": 4100}, align=8
+)
+SHARED = 100 << 10  # what a multiprocessor of the host has, unless a test says otherwise
+
+
+@pytest.fixture
+def device():
+    """The host's device, to be changed."""
+    yield host
+    host.fuzz(0)
+    host.set_residents(3)
+    host.set_multiprocessors(1, SHARED)
+
+
+def vaccinate(grads, groups, *, one_pass, out_dtype=None, **arguments):
+    """All that a step gives, with NaN as 9."""
+    T = len(grads)
+    ema = torch.full((len(groups), T, T), 0.3, dtype=torch.float64)
+    out = torch.zeros(groups.numel, dtype=out_dtype or grads.dtype)
+    rule = {"beta": 0.1, "target": None, "task_ids": None, "vaccinated": None, "order": None, "seed": 7, "step": 3}
+    rule |= {"first_group": groups.first, **arguments}
+    found = cuda.vaccinate(grads, groups.bounds, ema, out=out, one_pass=one_pass, **rule)
+    return [result.nan_to_num(9.0) for result in (out, *found, ema)]
+
+
+def test_the_tables_are_cut_as_the_kernels_count():
+    assert host.RUN == pieces.RUN
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 8])
+def test_one_pass_and_two_give_the_same_bits(device, T, dtype, out_dtype):
+    """The pieces, and the order of all additions, are the same; so is what is rounded."""
+    grads = task_gradients(T, GROUPS, dtype=dtype)
+    expected = vaccinate(grads, GROUPS, one_pass=False, out_dtype=out_dtype)
+    for residents, shared in ((1, SHARED), (3, SHARED), (3, 13 << 10), (5, 30 << 10)):
+        device.set_residents(residents)
+        device.set_multiprocessors(1, shared)
+        found = vaccinate(grads, GROUPS, one_pass=True, out_dtype=out_dtype)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)), (residents, shared)
+
+
+@pytest.mark.parametrize(
+    ("T", "dtype", "residents", "shared"),
+    [
+        (2, torch.float32, 2, SHARED),
+        (5, torch.bfloat16, 3, SHARED),
+        (8, torch.float32, 4, 40 << 10),  # a step or none is kept
+        (3, torch.bfloat16, 7, 60 << 10),
+    ],
+)
+def test_one_pass_in_any_schedule(device, T, dtype, residents, shared):
+    """300 schedules each: blocks of random speeds, which change wherever they could see each other."""
+    grads = task_gradients(T, GROUPS, dtype=dtype)
+    expected = vaccinate(grads, GROUPS, one_pass=False)
+    device.set_residents(residents)
+    device.set_multiprocessors(1, shared)
+    before = device.switches()
+    for seed in range(1, 301):
+        device.fuzz(seed)
+        found = vaccinate(grads, GROUPS, one_pass=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)), seed
+    assert device.switches() - before > 300 * 20
+
+
+@pytest.mark.parametrize(("T", "dtype"), [(6, torch.float32), (12, torch.bfloat16), (17, torch.float64)])
+def test_two_passes_in_any_schedule(device, T, dtype):
+    """Who finishes a group, and who adds up its weights, is whoever comes last."""
+    groups = GROUPS[:5]
+    grads = task_gradients(T, groups, dtype=dtype)
+    expected = vaccinate(grads, groups, one_pass=False)
+    for seed in range(1, 26):
+        device.fuzz(seed)
+        found = vaccinate(grads, groups, one_pass=False)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)), seed
+
+
+def test_a_launch_that_fails_is_an_error_and_harms_no_later_one(device):
+    grads = task_gradients(4, GROUPS)
+    expected = vaccinate(grads, GROUPS, one_pass=True)
+    device.set_residents(0)
+    with pytest.raises(RuntimeError, match="CUDA"):
+        vaccinate(grads, GROUPS, one_pass=True)
+    device.set_residents(3)
+    assert all(torch.equal(a, b) for a, b in zip(vaccinate(grads, GROUPS, one_pass=True), expected))
+
+
+def test_where_one_pass_cannot_be_taken(device):
+    """Many rows, float64, or rows on no alignment: two passes then, whatever was asked for."""
+    for T, dtype, skew in ((9, torch.float32, 0), (4, torch.float64, 0), (4, torch.float32, 3)):
+        grads = task_gradients(T, GROUPS, dtype=dtype, skew=skew)
+        assert not device.has_one_pass(cuda._buffer(grads), cuda._result(torch.zeros(GROUPS.numel)))
+        found, expected = (vaccinate(grads, GROUPS, one_pass=one_pass) for one_pass in (True, False))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def test_the_path_is_chosen_by_the_size_of_the_groups(monkeypatch):
+    taken = []
+
+    class Spy:
+        has_one_pass, RUN, TILE = host.has_one_pass, host.RUN, host.TILE
+
+        def vaccinate(self, *arguments):
+            taken.append(arguments[-2])
+
+    monkeypatch.setattr(cuda, "_cuda", Spy())
+    grads = task_gradients(4, GROUPS)
+    for room in (20_000 * 4 * 4 - 1, 20_000 * 4 * 4):
+        monkeypatch.setattr(cuda, "_room", lambda device, room=room: room)
+        vaccinate(grads, GROUPS, one_pass=None)
+    assert taken == [False, True]
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_nothing_is_touched_outside_for_any_ids_and_order(one_pass):
+    """What lives on a device is not checked by value: the kernels stay in their memory on any content."""
+    groups, T, N, big = LAYOUTS["ragged"], 4, 5, 1 << 40
+    grads = task_gradients(T, groups)[:, : groups.numel].contiguous()
+    wide = torch.zeros(T, 2280)
+    wide[:, : groups.numel] = grads
+    grads = wide[:, : groups.numel]
+    memory = torch.full((3, len(groups), N, N), 0.25, dtype=torch.float64)
+    rule = {"beta": 0.1, "target": None, "vaccinated": None, "seed": 0, "step": 0, "first_group": 0}
+    for ids, order in (([0, -1, big, 3], None), ([0, 1, 2, 3], [[7, -1, big], [1, 1, 1], [0, 1, 3], [2, 1, 0]])):
+        given = None if order is None else torch.tensor([order] * len(groups))
+        out = torch.zeros(groups.numel)
+        cuda.vaccinate(
+            grads, groups.bounds, memory[1], out=out, one_pass=one_pass, task_ids=torch.tensor(ids), order=given, **rule
+        )
+        assert bool((memory[0] == 0.25).all() and (memory[2] == 0.25).all())
+    assert bool((memory[1] != 0.25).any())
+
+
+def test_too_many_rows_are_refused():
+    groups = gvk.ParameterGroups.from_sizes({"a": 2})
+    with pytest.raises(ValueError, match="grads: expected at most 4096 rows"):
+        gvk.gram(torch.zeros(4097, 2), groups, backend="cuda")
+
+
+def test_the_number_of_matrices_may_be_large():
+    """coefficients alone, for more rows than a block has threads."""
+    T = 300
+    groups = gvk.ParameterGroups.from_sizes({"a": 10, "b": 1})
+    x = task_gradients(T, groups)
+    G = gvk.gram(x, groups, backend="reference")
+    emas = [torch.zeros(2, T, T, dtype=torch.float64) for _ in range(2)]
+    found, want = (
+        gvk.coefficients(G, groups, ema, beta=0.2, vaccinated=[0, 7, T - 1], backend=name)
+        for ema, name in zip(emas, ("cuda", "cpu"))
+    )
+    assert torch.equal(found.corrected, want.corrected)
+    assert torch.equal(emas[0], emas[1])  # the same recurrence, each operation rounded
+    assert torch.equal(found.weights, want.weights)

@@ -1,0 +1,150 @@
+"""The CUDA kernels as they were compiled, held to budgets: what their launches count on."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="its cuobjdump is used")
+_cuda = pytest.importorskip("gradvac_kernels._cuda", reason="the CUDA kernels are not built: no nvcc")
+
+pytestmark = pytest.mark.xdist_group("compile")  # once, not in every worker
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+CAPABILITIES = (80, 90, 100)
+REGISTERS = 65536  # of a multiprocessor
+ELEMENTS = {"Float32": 4, "Bfloat16": 8, "Float16": 8, "Float64": 2}  # of 16 bytes
+
+
+class Kernel(NamedTuple):
+    """One instance of a kernel, as it is in the module."""
+
+    name: str
+    element: str  # of ELEMENTS, or ""
+    rows: int  # of Outer or Matrix, or 0
+    square: bool
+    capability: int
+    registers: int
+    memory: int  # bytes of stack and local memory of a thread
+    instructions: str
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(rf"\b{pattern}", self.instructions))
+
+
+def dump(*flags: str) -> str:
+    return subprocess.run([CUOBJDUMP, *flags, _cuda.__file__], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """All of them, for every architecture."""
+    found = []
+    for capability in CAPABILITIES:
+        arch = f"sm_{capability}"
+        usage = re.findall(
+            r"Function (_Z\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage", "-arch", arch)
+        )
+        code = dict(
+            re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump("-sass", "-arch", arch), flags=re.DOTALL)
+        )
+        for symbol, registers, stack, local in usage:
+            rest = symbol[symbol.index("4cuda") + len("4cuda") :]
+            length = re.match(r"\d+", rest).group()
+            name = rest[len(length) :][: int(length)]
+            element = re.search(r"\d(Float32|Bfloat16|Float16|Float64)E", symbol)
+            outer, matrix = re.search(r"OuterILi(\d+)E", symbol), re.search(r"MatrixILi(\d+)ELb(\d)E", symbol)
+            found.append(
+                Kernel(
+                    name,
+                    element.group(1) if element else "",
+                    int(outer.group(1)) if outer else 8 * int(matrix.group(1)) if matrix else 0,
+                    bool(matrix and matrix.group(2) == "1"),
+                    capability,
+                    int(registers),
+                    int(stack) + int(local),
+                    code[symbol],
+                )
+            )
+    return found
+
+
+def threads_and_blocks(kernel: Kernel) -> tuple[int, int]:
+    """Threads of a block, and how many blocks a multiprocessor is to hold."""
+    if kernel.name == "measure_few_rows":
+        return 128, 4 if kernel.rows <= 8 else 2
+    if kernel.name == "vaccinate_in_one_pass":
+        return 128, 3
+    if kernel.name == "measure_many_rows":
+        return 256, 2 if kernel.rows <= 32 and not kernel.square else 1
+    return (32, 16) if kernel.name == "solve_rows" else (256, 2)
+
+
+def described(kernel: Kernel) -> str:
+    return str(kernel[:-1])
+
+
+def test_every_kernel_is_there_for_every_architecture(kernels):
+    few = {("Float32", rows, False) for rows in (2, 4, 8, 12, 16)}
+    few |= {(element, rows, False) for element in ("Bfloat16", "Float16") for rows in (2, 4, 8)}
+    many = {
+        (element, 8 * blocks, square)
+        for element in ("Float32", "Bfloat16", "Float16")
+        for blocks, square in ((2, False), (4, False), (8, False), (4, True))
+    }
+    expected = {("measure_few_rows", *instance) for instance in few}
+    expected |= {("vaccinate_in_one_pass", *instance) for instance in few if instance[1] <= 8}
+    expected |= {("measure_many_rows", *instance) for instance in many}
+    expected |= {("combine_rows", element, 0, False) for element in ELEMENTS}
+    expected |= {("measure_in_double", "Float64", 0, False)}
+    expected |= {(name, "", 0, False) for name in ("add_up_groups", "solve_rows")}
+    for capability in CAPABILITIES:
+        assert {kernel[:4] for kernel in kernels if kernel.capability == capability} == expected
+    assert "sm_100" in dump("--list-ptx")  # for what comes after
+
+
+def test_no_stack(kernels):
+    """Nothing is spilled, and no array lives in memory."""
+    for kernel in kernels:
+        assert kernel.memory == 0, described(kernel)
+
+
+def test_the_blocks_fit_the_registers(kernels):
+    for kernel in kernels:
+        threads, blocks = threads_and_blocks(kernel)
+        granted = -(-kernel.registers // 8) * 8 * 32 * -(-threads // 32)  # in units of 256 a warp
+        assert blocks * granted <= REGISTERS, described(kernel)
+
+
+def test_loads_and_stores_of_16_bytes(kernels):
+    for kernel in kernels:
+        loads, stores = kernel.count(r"LDG\S*\.128"), kernel.count(r"STG\S*\.128")
+        if kernel.name == "measure_few_rows":
+            assert loads >= kernel.rows, described(kernel)
+        elif kernel.name == "measure_many_rows":
+            assert loads >= kernel.rows // 8 * (1 + kernel.square), described(kernel)
+        elif kernel.name == "combine_rows":
+            assert loads >= 8, described(kernel)
+            assert stores > 0, described(kernel)
+        elif kernel.name == "vaccinate_in_one_pass":
+            assert loads >= 2 * kernel.rows, described(kernel)  # measured, and read again where it was not kept
+            assert stores > 0, described(kernel)
+            assert kernel.count(r"STS\S*\.128") >= kernel.rows, described(kernel)
+            assert kernel.count(r"LDS\S*\.128") >= kernel.rows, described(kernel)
+
+
+def test_products_are_made_by_the_units_that_are_meant(kernels):
+    for kernel in kernels:
+        fused = kernel.count("FFMA")
+        if kernel.name == "measure_many_rows":
+            strips = kernel.rows // 16
+            tiles = strips * kernel.rows // 8 if kernel.square else strips * (strips + 1)
+            products = 6 if kernel.element == "Float32" else 2  # of three parts of each; of two times 16 columns
+            assert kernel.count("HMMA.16816.F32") >= tiles * products, described(kernel)
+        else:
+            assert kernel.count("HMMA") == 0, described(kernel)
+        if kernel.name in ("measure_few_rows", "vaccinate_in_one_pass"):
+            pairs = kernel.rows * (kernel.rows + 1) // 2
+            assert fused >= pairs * ELEMENTS[kernel.element], described(kernel)
