@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 from unittest import mock
 
-import numpy as np
 import torch
 
 import gradvac_kernels as gvk
@@ -16,10 +16,13 @@ from gradvac_kernels.numerics import precision
 from .cases import Case
 from .contest import Contestant, NotRun
 
+if TYPE_CHECKING:
+    import numpy as np
+
 BETA = 1e-2
 _BLOCK = 1 << 14  # columns of T = 8 float32 gradients that fit in a core's second-level cache
 _TORCHJD_ERROR = 1e-3  # its Gram and its recurrence are in the type of the gradients
-_TORCHJD_STEPS = {"cpu": 50_000, "cuda": 10_000}  # of the inner loop: about two seconds a call
+_STEPS = {"cpu": 50_000, "cuda": 10_000}  # of the inner loop in Python: about two seconds a call
 
 
 def tolerance(dtype: torch.dtype, least: float = 1e-4) -> float:
@@ -102,6 +105,8 @@ def _combine(grads: torch.Tensor, weights: torch.Tensor, case: Case, out: torch.
 
 def two_pass(case: Case) -> Contestant:
     """The two passes with torch's matmul at its best, and between them Algorithm 1 on the Gram matrices in numpy."""
+    import numpy as np
+
     _for_the_host(case)
     ema = np.zeros((case.K, case.T, case.T))
     out = case.empty(case.P)
@@ -117,12 +122,16 @@ def two_pass(case: Case) -> Contestant:
 
 
 def _random_order(case: Case, rng: np.random.Generator) -> np.ndarray:
+    import numpy as np
+
     others = rng.random((case.K, case.T, case.T - 1)).argsort(2)
     return others + (others >= np.arange(case.T)[:, None])
 
 
 def _coefficients(G: np.ndarray, ema: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Algorithm 1 in Gram space, all groups and rows at once: [K, T, T] -> weights [K, T]; updates ``ema``."""
+    import numpy as np
+
     K, T, _ = G.shape
     group, row = np.arange(K)[:, None], np.arange(T)
     n2 = G.diagonal(axis1=1, axis2=2).copy()
@@ -171,6 +180,70 @@ def two_pass_compiled(case: Case) -> Contestant:
         return (weights.to(case.dtype)[:, None] @ rows).view(-1)
 
     return Contestant(lambda grads: step(grads, order), tolerance(case.dtype))
+
+
+def coefficients_numpy(case: Case) -> Contestant:
+    """The same Algorithm 1 on the Gram matrices in numpy, all groups and rows at once."""
+    import numpy as np
+
+    _for_the_host(case)
+    ema = np.zeros((case.K, case.T, case.T))
+    rng = np.random.default_rng(0)
+
+    def run(G: torch.Tensor, order: np.ndarray | None = None) -> torch.Tensor:
+        return torch.from_numpy(_coefficients(G.numpy(), ema, _random_order(case, rng) if order is None else order))
+
+    order = gvk.task_order(case.K, case.T, seed=0, step=0).numpy()
+    return Contestant(run, 1e-9, check=lambda G: run(G, order), waits=True)
+
+
+def coefficients_torchjd(case: Case) -> Contestant:
+    """TorchJD's ``GradVacWeighting``, one a group."""
+    from torchjd.aggregation import GradVacWeighting
+
+    _bearable(case, case.K)
+    weightings = [GradVacWeighting(beta=BETA) for _ in case.ranges]
+
+    def run(matrices: torch.Tensor) -> torch.Tensor:
+        return torch.stack([weigh(G) for weigh, G in zip(weightings, matrices)])
+
+    return Contestant(run, 1e-9, check=lambda matrices: _in_our_order(run, matrices, case.K), waits=True)
+
+
+# ------------------------------------------------------------------------------------------------- explicit vectors
+
+
+def explicit_vectors(case: Case) -> Contestant:
+    """Algorithm 1 on the gradients themselves, a loop over pairs of tasks in each group: what LibMTL and others do."""
+    import numpy as np
+
+    _bearable(case, case.K)
+    ema = torch.zeros(case.K, case.T, case.T)
+    rng = np.random.default_rng(0)
+    out = case.empty(case.P)
+
+    def run(grads: torch.Tensor, order: np.ndarray | None = None) -> torch.Tensor:
+        order = _random_order(case, rng) if order is None else order
+        for k, (a, b) in enumerate(case.ranges):
+            columns = grads[:, a:b]
+            out[a:b] = sum(_turned(columns, i, order[k, i], ema[k, i]) for i in range(case.T))
+        return out
+
+    order = gvk.task_order(case.K, case.T, seed=0, step=0).numpy()
+    error = tolerance(case.dtype, _TORCHJD_ERROR)
+    return Contestant(run, error, check=lambda grads: run(grads, order), waits=True)
+
+
+def _turned(grads: torch.Tensor, i: int, others: np.ndarray, hats: torch.Tensor) -> torch.Tensor:
+    g = grads[i].clone()
+    for j in others:
+        norm, norm_j = g.norm(), grads[j].norm()
+        phi, hat = float(torch.dot(g, grads[j]) / (norm * norm_j)), float(hats[j])
+        if phi < hat:
+            sin_phi, sin_hat = (1 - phi**2) ** 0.5, (1 - hat**2) ** 0.5
+            g.add_(grads[j], alpha=float(norm * (hat * sin_phi - phi * sin_hat) / (norm_j * sin_hat)))
+        hats[j] = (1 - BETA) * hat + BETA * phi
+    return g
 
 
 # ----------------------------------------------------------------------------------------------------------- TorchJD
@@ -230,13 +303,13 @@ def torchjd_whole(case: Case) -> Contestant:
 
 def _bearable(case: Case, groups: int) -> None:
     steps = groups * case.T * (case.T - 1)
-    limit = _TORCHJD_STEPS[torch.device(case.device).type]
+    limit = _STEPS[torch.device(case.device).type]
     if steps > limit:
-        raise NotRun(f"takes too long: {steps} steps of its inner loop, limit {limit}")
+        raise NotRun(f"takes too long: {steps} steps of its inner loop in Python, limit {limit}")
 
 
 def _in_our_order(run: Callable[[torch.Tensor], torch.Tensor], grads: torch.Tensor, groups: int) -> torch.Tensor:
-    with _order_of_torchjd(gvk.task_order(groups, len(grads), seed=0, step=0)):
+    with _order_of_torchjd(gvk.task_order(groups, grads.shape[-1 if grads.dim() == 3 else 0], seed=0, step=0)):
         return run(grads)
 
 
@@ -249,8 +322,8 @@ def _order_of_torchjd(order: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def exact(grads: torch.Tensor, groups: gvk.ParameterGroups) -> torch.Tensor:
+def exact(grads: torch.Tensor, groups: gvk.ParameterGroups, vaccinated: list[int] | None = None) -> torch.Tensor:
     """The vaccinated gradient of a first step, targets at zero, by the plain PyTorch backend: it sums in float64."""
     ema = torch.zeros(len(groups), len(grads), len(grads), dtype=torch.float64, device=grads.device)
     out = torch.empty(groups.numel, dtype=torch.float64, device=grads.device)
-    return gvk.vaccinate(grads, groups, ema, beta=BETA, out=out, backend="reference").gradient
+    return gvk.vaccinate(grads, groups, ema, beta=BETA, vaccinated=vaccinated, out=out, backend="reference").gradient

@@ -13,16 +13,26 @@ import gradvac_kernels as gvk
 
 @dataclass(frozen=True)
 class Case:
-    """T task gradients of P columns, in K groups of about equal size, which begin at multiples of 8 columns."""
+    """T task gradients of P columns, in K groups of about equal size, which begin at multiples of 8 columns.
+
+    ``share`` of the tasks, the first ones, are vaccinated.
+    """
 
     T: int
     P: int
     K: int
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    share: float = 1.0
 
     def __str__(self) -> str:
-        return f"T{self.T}-P{short(self.P)}-K{self.K}-{self.dtype_name}"
+        share = "" if self.share == 1 else f"-{self.share:.0%}"
+        return f"T{self.T}-P{short(self.P)}-K{self.K}-{self.dtype_name}{share}"
+
+    @property
+    def vaccinated(self) -> list[int] | None:
+        """The tasks whose gradients may be turned, None for all."""
+        return None if self.share == 1 else list(range(round(self.share * self.T)))
 
     @property
     def dtype_name(self) -> str:
@@ -83,6 +93,21 @@ GRID = (
 )
 """What every operator is measured on by default."""
 
+SCALING = {
+    "T": tuple(Case(T, 1_000_000, 12) for T in (2, 4, 8, 16, 32, 64, 128)),
+    "P": tuple(Case(8, P, 12) for P in (100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)),
+    "K": tuple(Case(8, 10_000_000, K) for K in (1, 4, 12, 40, 120, 400)),
+    "share": tuple(Case(16, 1_000_000, 100, share=share) for share in (0.0, 0.25, 0.5)),
+}
+"""What ``vaccinate`` is measured on to see its cost grow, by what grows."""
+
+FULL_SCALING = {
+    "T": tuple(Case(T, 1_000_000, 12, dtype) for T in (2, 4, 8, 16, 32, 64, 128) for dtype in gvk.numerics.DTYPES),
+    "P": tuple(Case(8, P, 12, dtype) for P in (30_000_000, 100_000_000) for dtype in (torch.float32, torch.bfloat16)),
+    "K": tuple(Case(T, 1_000_000, K) for T in (4, 16, 64) for K in (1, 4, 12, 40, 120, 400)),
+    "share": (),
+}
+
 FULL_GRID = tuple(
     dict.fromkeys(
         GRID
@@ -121,13 +146,16 @@ class Work:
 def work(op: str, case: Case) -> Work:
     """The work of one call.
 
+    ``coefficients`` reads the Gram matrices, writes weights and similarities, and adds rows of G up in the worst case.
     ``vaccinate`` counts both passes over the buffer in full. Where a group stays in the cache between its two passes
     the second read is free, so there a fraction of the floor above 1 is possible.
     """
     T, P = case.T, case.P
     gram = Work(case.nbytes, P * T * (T + 1) // 2)  # G is symmetric
     combine = Work(case.nbytes + P * case.dtype.itemsize, P * T)
-    return {"gram": gram, "combine": combine, "vaccinate": gram + combine}[op]
+    entries = case.K * T * T
+    solve = Work(8 * 4 * entries, entries * T)  # G, similarities, and the targets in and out
+    return {"gram": gram, "combine": combine, "coefficients": solve, "vaccinate": gram + combine}[op]
 
 
 def short(columns: int) -> str:

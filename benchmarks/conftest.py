@@ -73,8 +73,9 @@ def record(benchmark: BenchmarkFixture, ceiling_probes: list[Probe], request: py
                 (pytest.fail if name in backends(contest.case.device) else pytest.skip)(contest.wrong[name])
 
         refuse()
-        benchmark.name = f"{contest.op.name}[{name}-{contest.case}]"
-        benchmark.group = f"{contest.op.name} {contest.case}"
+        title = contest.op.name if contest.op.suite == "operators" else f"{contest.op.suite} of {contest.op.name}"
+        benchmark.name = f"{title}[{name}-{contest.case}]"
+        benchmark.group = f"{title} {contest.case}"
         if benchmark.disabled:  # --benchmark-disable: the results were checked, and that was all
             replay(benchmark, [0.0])
             return {}

@@ -15,6 +15,7 @@ import gradvac_kernels as gvk
 
 from .cases import Case, work
 from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
+from .memory import peak_memory
 from .stopwatch import Stopwatch, stopwatch
 
 SECONDS = {"cpu": 1.0, "cuda": 0.3}  # timed for each implementation of a case
@@ -59,6 +60,11 @@ class Operator:
     grid: tuple[Case, ...]
     full_grid: tuple[Case, ...]
     gpu_grid: tuple[Case, ...]
+    suite: str = "operators"
+    takes_matrices: bool = False
+    """It is given Gram matrices [K, T, T] instead of gradients."""
+    seconds: float = 1.0
+    """Timed for each implementation of a case, as a multiple of SECONDS."""
 
     def cases(self, device: str, full: bool) -> tuple[Case, ...]:
         """What is measured there."""
@@ -92,6 +98,7 @@ class Contest:
     Attributes:
         wrong: why an implementation takes no part, by name.
         seconds: all times of an implementation, by name.
+        memory: peak memory in bytes of a call beyond its arguments and what it keeps, by name.
         ceilings: the ceilings while this case ran: what was reached, and by which probe.
     """
 
@@ -99,11 +106,14 @@ class Contest:
         self.op, self.case = op, case
         self.wrong: dict[str, str] = {}
         self.seconds: dict[str, list[float]] = {}
+        self.memory: dict[str, int | None] = {}
         self.ceilings: dict[str, tuple[float, str]] = {}
         # Together more than three times the last-level cache: what is read has left the cache since it was read last.
         count = max(2, math.ceil(3 * last_level_cache(case.device) / case.nbytes))
         most = MAX_BYTES[torch.device(case.device).type] // case.nbytes
         self._buffers = [case.buffer(seed) for seed in range(max(1, min(count, most)))]
+        if op.takes_matrices:
+            self._buffers = [gvk.gram(grads, case.groups) for grads in self._buffers]
         self._contestants: dict[str, Contestant] = {}
         truth = op.truth(case, self._buffers[0])
         implementations = op.implementations(case.device)
@@ -129,12 +139,13 @@ class Contest:
         for name, contestant in self._contestants.items():
             try:
                 watch, calls = stopwatch(device, contestant.run, buffers, contestant.waits)
-                turns[name] = _Turns(watch, SECONDS[torch.device(device).type], calls)
+                turns[name] = _Turns(watch, self.op.seconds * SECONDS[torch.device(device).type], calls)
             except Exception as error:  # a peer that cannot be captured does not take the others with it
                 self.wrong[name] = f"{type(error).__name__}: {error}"
         bounds = [_Turns(stopwatch(device, probe.run_on, buffers[:1], False)[0], PROBE_SECONDS) for probe in probes]
         _take_turns([*turns.values(), *bounds])
         self.seconds = {name: entry.seconds for name, entry in turns.items()}
+        self.memory = {name: peak_memory(self._contestants[name].run, buffers[0]) for name in turns}
         for ceiling in (STREAMING_READ, MULTIPLY_ADDS):
             self.ceilings[ceiling] = max(
                 (probe.amount / statistics.median(entry.seconds), probe.name)
@@ -151,17 +162,20 @@ class Contest:
         p20, *_, p80 = statistics.quantiles(seconds, n=5, method="inclusive")
         median = statistics.median(seconds)
         return {
+            "suite": self.op.suite,
             "op": self.op.name,
             "implementation": name,
             "T": case.T,
             "P": case.P,
             "K": case.K,
             "dtype": case.dtype_name,
+            "share": case.share,
             "device": case.device,
             "median_s": median,
             "p20_s": p20,
             "p80_s": p80,
             "rounds": len(seconds),
+            "peak_memory_bytes": self.memory[name],
             "bytes": needed.bytes,
             "operations": needed.multiply_adds,
             "floor_s": floor,

@@ -1,6 +1,8 @@
-"""Results as a file and as tables: ``python -m benchmarks.report`` puts those under ``results/`` into the README.
+"""Results as a file, as tables and as pictures: ``python -m benchmarks.report`` makes those of all runs under
+``results/``, the tables in the README.
 
-``--check`` writes nothing, and exits with 1 where the README shows something else.
+``--check`` writes nothing, and exits with 1 where the README shows something else. ``--compare OLD NEW [AGAIN]`` prints
+how the time of every row changed; AGAIN, a second run of NEW, says how much two runs differ by themselves.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -18,6 +21,7 @@ import torch
 
 from gradvac_kernels import env
 
+from . import plots
 from .cases import short
 from .contest import backends
 
@@ -64,17 +68,21 @@ def markdown(results: dict[str, Any]) -> str:
         "100 % where a group is still in the cache when it is combined)."
     )
     measured = {row["op"] for row in results["rows"]}
-    ops = [op for op in ("gram", "combine", "vaccinate") if op in measured]
+    ops = [op for op in ("gram", "coefficients", "combine", "vaccinate") if op in measured]
     tables = [f"**{op}**\n\n{_table(results, op)}" for op in ops]
     if "step" in measured:
         tables.append(f"**A whole training step** of the demo's model\n\n{_step_table(results)}")
+    if any(row.get("suite") == "scaling" for row in results["rows"]):
+        tables.append(
+            f"**How it grows**: `vaccinate` with other numbers of tasks, parameters and groups\n\n{_growth(results)}"
+        )
     return "\n\n".join([head, *tables])
 
 
 def _table(results: dict[str, Any], op: str) -> str:
     cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in results["rows"]:
-        if row["op"] == op:
+        if row["op"] == op and row["suite"] == "operators":
             cases.setdefault((row["T"], row["P"], row["K"], row["dtype"]), {})[row["implementation"]] = row
     names = list(dict.fromkeys(name for found in cases.values() for name in found))
     ours = next((name for name in results["ours"] if name in names), names[0])
@@ -105,8 +113,8 @@ def _step_table(results: dict[str, Any]) -> str:
             key = (row["T"], row["samples"], row["granularity"], row["wait"])
             cases.setdefault(key, {})[row["implementation"]] = row
     header = ["T", "samples a task", "granularity", "idle threads", "plain sum", "`batch`", "a pass a task"]
-    header += ["`batch` / passes", "memory: `batch`", "T x largest group", "T x P"]
-    lines = [header, ["---:", "---:", ":---", ":---", *["---:"] * 7]]
+    header += ["`batch` / passes", "aggregation", "memory: `batch`", "T x largest group", "T x P"]
+    lines = [header, ["---:", "---:", ":---", ":---", *["---:"] * 8]]
     for (T, samples, granularity, wait), found in cases.items():
         plain, stream, buffer = (found[way] for way in ("plain", "stream", "buffer"))
         more = stream["peak_memory_bytes"] - plain["peak_memory_bytes"]
@@ -115,9 +123,52 @@ def _step_table(results: dict[str, Any]) -> str:
             [str(T), samples, granularity, {"passive": "sleep", "active": "spin"}[wait]]
             + [f"{_digits(plain['median_s'] * 1e3)} ms", *(f"{time:.2f}x" for time in times)]
             + [f"{stream['median_s'] / buffer['median_s']:.2f}"]
+            + [f"{buffer['aggregation_s'] / plain['median_s']:.1%}"]
             + [f"{bytes / 2**20:.1f} MiB" for bytes in (more, plain["slab_bytes"], 4 * T * plain["P"])]
         )
     return _aligned(lines)
+
+
+def _growth(results: dict[str, Any]) -> str:
+    """A line a case of the sweeps, in which one of T, P, K and the share of vaccinated tasks varies at a time."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        if row["suite"] == "scaling":
+            key = (row["T"], row["P"], row["K"], row["dtype"], row["share"])
+            cases.setdefault(key, {})[row["implementation"]] = row
+    ours = results["ours"][0]
+    peers = list(dict.fromkeys(name for found in cases.values() for name in found if name != ours))
+    lines = [["T", "P", "K", "dtype", "vaccinated", f"`{ours}`", "of floor", *peers]]
+    lines.append(["---:", "---:", "---:", ":---", *["---:"] * (len(lines[0]) - 4)])
+    for (T, P, K, dtype, share), found in cases.items():
+        mine = found[ours]
+        lines.append([str(T), short(P), str(K), dtype, f"{share:.0%}"])
+        lines[-1] += [f"{_digits(mine['median_s'] * 1e3)} ms", f"{mine['fraction_of_floor']:.0%}"]
+        lines[-1] += [f"{_digits(found[n]['median_s'] / mine['median_s'])}x" if n in found else "-" for n in peers]
+    return _aligned(lines)
+
+
+def compare(old: dict[str, Any], new: dict[str, Any], again: dict[str, Any] | None = None) -> str:
+    """New time / old time of every row that both have; with a second run of ``new``, a mark where that is more than
+    the two runs differ: by the row itself, or by nine of ten rows."""
+
+    def times(results: dict[str, Any]) -> dict[tuple[Any, ...], float]:
+        named = ("suite", "op", "implementation", "T", "P", "K", "dtype", "share", "samples", "granularity", "wait")
+        return {tuple(row.get(name) for name in named): row["median_s"] for row in results["rows"]}
+
+    before, after = times(old), times(new)
+    repeated = times(again) if again else {}
+    drift = {key: abs(math.log(repeated[key] / after[key])) for key in after if key in repeated}
+    usual = statistics.quantiles(drift.values(), n=10)[-1] if len(drift) > 1 else 0.0
+    lines = []
+    for key in [key for key in before if key in after]:
+        ratio = after[key] / before[key]
+        changed = drift and abs(math.log(ratio)) > max(usual, drift.get(key, 0.0))
+        mark = "" if not changed else " faster" if ratio < 1 else " SLOWER"
+        lines.append(f"{ratio:6.2f}x  {' '.join(str(part) for part in key if part is not None)}{mark}")
+    if drift:
+        lines.append(f"nine of ten rows differ by less than {math.expm1(usual):.1%} between two runs")
+    return "\n".join(lines)
 
 
 def _aligned(lines: list[list[str]]) -> str:
@@ -156,7 +207,17 @@ def _commit() -> str:
 def benchmarks() -> str:
     """The tables of every committed run."""
     files = sorted((_ROOT / "benchmarks" / "results").glob("*.json"))
-    return "\n\n".join(markdown(json.loads(path.read_text())) for path in files)
+    return "\n\n".join(markdown(json.loads(path.read_text())) + _pictures(path) for path in files)
+
+
+def _pictures(path: Path) -> str:
+    titles = {
+        "scaling": "Time of a step against tasks, parameters and groups",
+        "roofline": "Multiply-adds a second against multiply-adds a byte",
+        "peers": "Time of each peer as a multiple of ours",
+    }
+    found = [(path.with_name(f"{path.stem}-{name}.svg"), title) for name, title in titles.items()]
+    return "".join(f"\n\n![{title}]({svg.relative_to(_ROOT)})" for svg, title in found if svg.exists())
 
 
 def demo() -> str:
@@ -176,7 +237,17 @@ _SECTIONS = {"benchmarks": benchmarks, "demo": demo}
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether the README is up to date")
-    check = parser.parse_args().check
+    parser.add_argument("--compare", type=Path, nargs="+", metavar="JSON", help="two runs, and the second one again")
+    arguments = parser.parse_args()
+    check = arguments.check
+    if arguments.compare:
+        if not 2 <= len(arguments.compare) <= 3:
+            parser.error("--compare: expected OLD NEW, or OLD NEW AGAIN")
+        print(compare(*(json.loads(path.read_text()) for path in arguments.compare)))
+        return 0
+    if not check:
+        for path in sorted((_ROOT / "benchmarks" / "results").glob("*.json")):
+            plots.draw(json.loads(path.read_text()), path.with_suffix(""))
     readme = _ROOT / "README.md"
     before = after = readme.read_text()
     for name, text in _SECTIONS.items():

@@ -33,7 +33,7 @@ OPERATOR = Operator(
         "torch-matmul": baselines.gram_matmul,
         "torch-matmul-blocks": baselines.gram_matmul_blocks,
     },
-    grid=(Case(2, 10_000_000, 12), Case(4, 10_000_000, 12), *GRID),
+    grid=(*(Case(T, 10_000_000, 12) for T in (2, 4)), *GRID, *(Case(T, 1_000_000, 12) for T in (32, 64, 128))),
     full_grid=FULL_GRID,
     gpu_grid=GPU_GRID,
 )

@@ -9,7 +9,7 @@ from cases import LAYOUTS, inside, task_gradients
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradvac_kernels as gvk
-from gradvac_kernels.backends import cpu, triton
+from gradvac_kernels.backends import cpu, cuda, triton
 
 K, T, P = 2, 3, 12
 GROUPS = gvk.ParameterGroups.from_sizes({"a": 5, "b": 7})
@@ -554,6 +554,7 @@ def test_a_missing_backend_is_said_and_passed_over(verb, monkeypatch):
     want = run(verb, "reference")
     monkeypatch.setattr(cpu, "_missing", "the native module is not built")
     monkeypatch.setattr(triton, "_missing", "no Triton")
+    monkeypatch.setattr(cuda, "_missing", "no nvcc")
     refused_by(
         verb, {"backend": "cpu"}, ValueError, "backend: 'cpu' cannot be used here: the native module is not built"
     )

@@ -55,7 +55,7 @@ def test_pieces_and_blocks_cover_every_group_once(sizes, T, align):
 @given(columns=st.integers(RUN + 1, 10**11), T=st.integers(1, 1000))
 def test_pieces_are_whole_runs_or_parts_of_one_and_few(columns, T):
     length = piece_columns(columns, T)
-    assert length in range(RUN // 4, columns + 2 * RUN, RUN // 4)
+    assert length in range(RUN // 4, columns + 2 * RUN * -(-T // 512), RUN // 4)
     assert length <= RUN or length % RUN == 0
     assert -(-columns // length) <= 2048
 

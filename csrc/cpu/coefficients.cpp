@@ -1,71 +1,113 @@
-// Coefficients: the inner loop of Algorithm 1 in Gram space, one row of one group at a time.
+// Coefficients: the inner loop of Algorithm 1 in Gram space, some rows of a group at a time.
 #include <omp.h>
 
 #include <algorithm>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "gradvac/order.h"
 #include "phases.h"
 
 namespace gradvac::cpu {
 
+namespace {
+
+// Ranks of a few keys, without a branch; `order` gets the indices in ascending order of the keys, ties by index, but
+// for `row`, whose key is above all.
+void rank(const std::uint64_t* keys, std::int64_t T, std::int64_t row, std::int64_t* order) {
+  for (std::int64_t j = 0; j < T; ++j) {
+    std::int64_t place = 0;
+    for (std::int64_t r = 0; r < j; ++r) place += keys[r] <= keys[j];
+    for (std::int64_t r = j + 1; r < T; ++r) place += keys[r] < keys[j];
+    if (j != row) order[place] = j;
+  }
+}
+
+constexpr std::int64_t kFewKeys = 32;
+
+}  // namespace
+
+// A row on its way through the others.
+struct CoefficientPhase::Solving {
+  Row state{1};
+  double* v = nullptr;                  // [T], <g'_i, g_r>
+  double* hats = nullptr;               // [N], or null for a constant target
+  const std::int64_t* order = nullptr;  // [T - 1]
+  std::int64_t entry = 0;               // of the row in [K, T, T]
+};
+
 CoefficientPhase::CoefficientPhase(const Vaccine& vaccine, std::int64_t K, std::int64_t T, int threads)
     : vaccine_(vaccine),
       T_(T),
       G_(new double[K * T * T]),
       C_(new double[K * T * T]),
-      v_(new double[threads * T]),
-      ranked_(new Ranked[threads * T]),
-      order_(new std::int64_t[threads * T]) {}
+      v_(new double[threads * kRows * T]),
+      order_(new std::int64_t[threads * kRows * T]) {}
 
-const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row, int thread) {
+const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row, std::int64_t* order) const {
   if (vaccine_.order != nullptr) return vaccine_.order + (group * T_ + row) * (T_ - 1);
   const std::uint64_t state = order_state(vaccine_.seed, vaccine_.step, vaccine_.first_group + group, row);
-  Ranked* ranked = &ranked_[thread * T_];
-  std::int64_t* order = &order_[thread * T_];
-  std::int64_t count = 0;
-  for (std::int64_t other = 0; other < T_; ++other) {
-    if (other != row) ranked[count++] = {order_key(state, other), other};
+  if (T_ <= kFewKeys) {
+    std::uint64_t keys[kFewKeys];
+    for (std::int64_t other = 0; other < T_; ++other) keys[other] = order_key(state, other);
+    keys[row] = ~std::uint64_t{0};
+    rank(keys, T_, row, order);
+    return order;
   }
-  std::sort(ranked, ranked + count,
-            [](const Ranked& a, const Ranked& b) { return a.key != b.key ? a.key < b.key : a.other < b.other; });
-  for (std::int64_t t = 0; t < count; ++t) order[t] = ranked[t].other;
+  std::vector<std::pair<std::uint64_t, std::int64_t>> ranked;
+  ranked.reserve(T_ - 1);
+  for (std::int64_t other = 0; other < T_; ++other) {
+    if (other != row) ranked.emplace_back(order_key(state, other), other);
+  }
+  std::sort(ranked.begin(), ranked.end());
+  for (std::int64_t t = 0; t < T_ - 1; ++t) order[t] = ranked[t].second;
   return order;
 }
 
-void CoefficientPhase::solve(std::int64_t group, std::int64_t row, int thread) {
-  const Vaccine& vaccine = vaccine_;
+// False if the row is not to be turned.
+bool CoefficientPhase::begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Solving* solving) {
   const std::int64_t T = T_, entry = (group * T + row) * T;
   const double* G = &G_[group * T * T];
-  double* c = &C_[entry];
-  double* similarity = vaccine.similarity + entry;
-  bool* corrected = vaccine.corrected + entry;
-  std::fill(c, c + T, 0.0);
-  c[row] = 1;
-  std::fill(similarity, similarity + T, std::numeric_limits<double>::quiet_NaN());
-  std::fill(corrected, corrected + T, false);
-
+  std::fill(&C_[entry], &C_[entry] + T, 0.0);
+  C_[entry + row] = 1;
+  std::fill(vaccine_.similarity + entry, vaccine_.similarity + entry + T, std::numeric_limits<double>::quiet_NaN());
+  std::fill(vaccine_.corrected + entry, vaccine_.corrected + entry + T, false);
   const double square = G[row * T + row];
-  if (T == 1 || (vaccine.turnable != nullptr && !vaccine.turnable[row]) || !vaccine.rule.limits.usable(square)) return;
-  const auto id = [&](std::int64_t r) { return vaccine.task_ids == nullptr ? r : vaccine.task_ids[r]; };
-  double* hats = vaccine.ema == nullptr ? nullptr : vaccine.ema + (group * vaccine.N + id(row)) * vaccine.N;
-  double* v = &v_[thread * T];
+  const bool turnable = vaccine_.turnable == nullptr || vaccine_.turnable[row];
+  if (T == 1 || !turnable || !vaccine_.rule.limits.usable(square)) return false;
   std::copy(G + row * T, G + (row + 1) * T, v);
-  Row state(square);
-  const std::int64_t* order = draw(group, row, thread);
+  double* hats = vaccine_.ema == nullptr ? nullptr : vaccine_.ema + (group * vaccine_.N + id(row)) * vaccine_.N;
+  *solving = {Row(square), v, hats, draw(group, row, order), entry};
+  return true;
+}
+
+void CoefficientPhase::solve(std::int64_t group, std::int64_t first, std::int64_t last, int thread) {
+  const Vaccine& vaccine = vaccine_;
+  const std::int64_t T = T_;
+  const double* G = &G_[group * T * T];
+  Solving rows[kRows];
+  int count = 0;
+  for (std::int64_t row = first; row < last; ++row) {
+    const std::int64_t place = (thread * kRows + count) * T;
+    count += begin(group, row, &v_[place], &order_[place], &rows[count]);
+  }
   for (std::int64_t t = 0; t < T - 1; ++t) {
-    const std::int64_t j = order[t];
-    const double* G_j = G + j * T;
-    const double hat = hats == nullptr ? vaccine.target : hats[id(j)];
-    const Meeting meeting = state.meet(v[j], G_j[j], hat, vaccine.rule);
-    if (!meeting.measured) continue;
-    similarity[j] = meeting.phi;
-    if (meeting.turned) {
-      corrected[j] = true;
-      c[j] += meeting.a;
-      for (std::int64_t r = 0; r < T; ++r) v[r] += meeting.a * G_j[r];
+    for (int r = 0; r < count; ++r) {
+      Solving& row = rows[r];
+      const std::int64_t j = row.order[t];
+      const double* G_j = G + j * T;
+      double* target = row.hats == nullptr ? nullptr : row.hats + id(j);
+      const double hat = target == nullptr ? vaccine.target : *target;
+      const Meeting meeting = row.state.meet(row.v[j], G_j[j], hat, vaccine.rule);
+      if (!meeting.measured) continue;
+      vaccine.similarity[row.entry + j] = meeting.phi;
+      vaccine.corrected[row.entry + j] = meeting.turned;
+      C_[row.entry + j] += meeting.a;
+      if (target != nullptr) *target = moving_average(hat, meeting.phi, vaccine.rule.beta);
+      if (T > kFewKeys && !meeting.turned) continue;
+      for (std::int64_t other = 0; other < T; ++other) row.v[other] += meeting.a * G_j[other];
     }
-    if (hats != nullptr) hats[id(j)] = moving_average(hat, meeting.phi, vaccine.rule.beta);
   }
 }
 
@@ -80,16 +122,18 @@ void CoefficientPhase::weigh(std::int64_t group) {
 }
 
 void coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, int threads) {
-  constexpr std::int64_t kWorthAThread = 1 << 16;  // multiply-adds
-  const std::int64_t useful = K * T * T * T / kWorthAThread + 1;
+  constexpr std::int64_t kWorthAThread = 1 << 16;  // multiply-adds, of which a meeting takes some itself
+  const std::int64_t useful = K * T * T * (T + 16) / kWorthAThread + 1;
   if (useful < threads) threads = static_cast<int>(useful);
   CoefficientPhase phase(vaccine, K, T, threads);
   std::copy(G, G + K * T * T, phase.G(0));
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
-#pragma omp for schedule(dynamic, 4)
-    for (std::int64_t r = 0; r < K * T; ++r) phase.solve(r / T, r % T, omp_get_thread_num());
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t b = 0; b < K * phase.blocks(); ++b) {
+      phase.solve_block(b / phase.blocks(), b % phase.blocks(), omp_get_thread_num());
+    }
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t k = 0; k < K; ++k) phase.weigh(k);
   }

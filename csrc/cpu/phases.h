@@ -83,22 +83,27 @@ class CoefficientPhase {
  public:
   CoefficientPhase(const Vaccine& vaccine, std::int64_t K, std::int64_t T, int threads);
   double* G(std::int64_t group) { return &G_[group * T_ * T_]; }
-  void solve(std::int64_t group, std::int64_t row, int thread);
+  // Rows first .. last - 1 of a group, at most kRows: one waits for roots and quotients while others go on.
+  void solve(std::int64_t group, std::int64_t first, std::int64_t last, int thread);
   void weigh(std::int64_t group);
 
+  static constexpr std::int64_t kRows = 8;
+  std::int64_t blocks() const { return (T_ + kRows - 1) / kRows; }  // of rows
+  void solve_block(std::int64_t group, std::int64_t block, int thread) {
+    solve(group, block * kRows, block * kRows + kRows < T_ ? block * kRows + kRows : T_, thread);
+  }
+
  private:
-  const std::int64_t* draw(std::int64_t group, std::int64_t row, int thread);
+  struct Solving;
+  bool begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Solving* solving);
+  const std::int64_t* draw(std::int64_t group, std::int64_t row, std::int64_t* order) const;
+  std::int64_t id(std::int64_t row) const { return vaccine_.task_ids == nullptr ? row : vaccine_.task_ids[row]; }
 
   const Vaccine& vaccine_;
   std::int64_t T_;
-  std::unique_ptr<double[]> G_, C_;  // [K, T, T]
-  struct Ranked {
-    std::uint64_t key;
-    std::int64_t other;
-  };
-  std::unique_ptr<double[]> v_;            // [threads, T]
-  std::unique_ptr<Ranked[]> ranked_;       // [threads, T]
-  std::unique_ptr<std::int64_t[]> order_;  // [threads, T]
+  std::unique_ptr<double[]> G_, C_;        // [K, T, T]
+  std::unique_ptr<double[]> v_;            // [threads, kRows, T]
+  std::unique_ptr<std::int64_t[]> order_;  // [threads, kRows, T]
 };
 
 class CombinePhase {

@@ -77,6 +77,11 @@ PYBIND11_MODULE(GRADVAC_MODULE, m) {
   m.doc() = "CUDA kernels. Use them through gradvac_kernels.ops: addresses are not checked here.";
   m.attr("RUN") = cuda::kRun;
   m.attr("TILE") = cuda::kTile;
+  m.def("why_unavailable", [](int device) {
+    const cuda::Error error = cuda::use_device(device);
+    const cuda::Error found = error != 0 ? error : cuda::probe_device();
+    return found == 0 ? std::string() : std::string(cuda::describe(found));
+  });
   m.def("use_device", [](int device) { check(cuda::use_device(device)); });
   m.def("gram", [](const py::tuple& grads, const py::tuple& groups, const py::tuple& memory, const py::int_& G,
                    const py::int_& stream) {

@@ -78,33 +78,50 @@ __device__ inline void store(const Result& out, std::int64_t column, std::int64_
 
 constexpr int kCombineThreads = 256;
 
-// A tile of the result: weights [T] of its group.
-template <class E>
+// A tile of the result: weights [T] of its group, from an earlier launch. Loads of kAtOnce rows, and of as many columns
+// as make eight loads, but no more than 16 a thread, are under way together.
+template <class E, int kAtOnce>
 __device__ inline void combine_tile(const Rows& rows, const Piece& tile, const double* weights, const Result& out) {
-  constexpr int kAtOnce = 8;  // loads under way together
+  constexpr int kSteps = 8 / kAtOnce < 16 / E::kWidth ? 8 / kAtOnce : 16 / E::kWidth;
   const bool aligned = rows.aligned && out.aligned && tile.begin % 8 == 0;
-  for (std::int64_t column = tile.begin + static_cast<std::int64_t>(threadIdx.x) * E::kWidth; column < tile.end;
-       column += static_cast<std::int64_t>(blockDim.x) * E::kWidth) {
-    const bool whole = aligned && column + E::kWidth <= tile.end;
-    double values[E::kWidth] = {};
+  const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * E::kWidth;
+  for (std::int64_t start = tile.begin + static_cast<std::int64_t>(threadIdx.x) * E::kWidth; start < tile.end;
+       start += kSteps * step) {
+    const bool whole = aligned && start + (kSteps - 1) * step + E::kWidth <= tile.end;
+    double values[kSteps][E::kWidth] = {};
     for (std::int64_t first = 0; first < rows.T; first += kAtOnce) {
-      Vector vectors[kAtOnce];
+      Vector vectors[kSteps][kAtOnce];
+      double weight[kAtOnce];
+      const auto load_all = [&](bool at_once) {
 #pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (first + u < rows.T) vectors[u] = load_vector<E>(rows.row<E>(first + u), column, tile.end, whole);
+        for (int u = 0; u < kAtOnce; ++u) {
+          if (first + u >= rows.T) continue;
+          weight[u] = load_constant(weights + first + u);
+#pragma unroll
+          for (int s = 0; s < kSteps; ++s) {
+            vectors[s][u] = load_vector<E>(rows.row<E>(first + u), start + s * step, tile.end, at_once);
+          }
+        }
+      };
+      if (whole) {
+        load_all(true);
+      } else {
+        load_all(false);
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        if (first + u < rows.T) {
-          const double weight = load_shared_by_blocks(weights + first + u);
+        if (first + u >= rows.T) continue;
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
           for (int w = 0; w < E::kWidth; ++w) {
-            values[w] = fma(weight, static_cast<double>(E::number(vectors[u], w)), values[w]);
+            values[s][w] = fma(weight[u], static_cast<double>(E::number(vectors[s][u], w)), values[s][w]);
           }
         }
       }
     }
-    store(out, column, tile.end, whole, values);
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) store(out, start + s * step, tile.end, whole, values[s]);
   }
 }
 

@@ -28,6 +28,10 @@ struct Bench {
   std::int32_t unused[3];
 };
 
+static_assert(sizeof(Bench<Outer<2>>) % 16 == 0 && sizeof(Bench<Outer<4>>) % 16 == 0 &&
+                  sizeof(Bench<Outer<8>>) % 16 == 0,
+              "vectors follow");
+
 // True for all threads if it is for the first one.
 template <class O>
 __device__ inline bool spread(Bench<O>& bench, bool value) {
@@ -44,7 +48,7 @@ __device__ inline void finish_group(const Task& task, std::int64_t group, std::i
   const std::int64_t T = task.rows.T;
   const int thread = static_cast<int>(threadIdx.x);
   double* G = task.G + group * T * T;
-  add_up(task.scratch.sums, first, last, T, bench.sums, G);
+  add_up(task.scratch.sums, first, last, T, 0, pairs_of(T), bench.sums, G);
   if (!task.vaccinates) return;
   for (std::int64_t e = thread; e < T * T; e += O::kThreads) bench.G[e] = load_shared_by_blocks(G + e);
   __syncthreads();

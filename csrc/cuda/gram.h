@@ -51,9 +51,16 @@ struct Outer {
 template <class E, class O>
 __device__ inline void load_rows(Vector (&vectors)[O::kRows], const Rows& rows, std::int64_t column, std::int64_t end,
                                  bool whole) {
+  const auto load_all = [&](bool at_once) {
 #pragma unroll
-  for (int i = 0; i < O::kRows; ++i) {
-    vectors[i] = i < rows.T ? load_vector<E>(rows.row<E>(i), column, end, whole) : Vector{{0, 0, 0, 0}};
+    for (int i = 0; i < O::kRows; ++i) {
+      vectors[i] = i < rows.T ? load_vector<E>(rows.row<E>(i), column, end, at_once) : Vector{{0, 0, 0, 0}};
+    }
+  };
+  if (whole) {
+    load_all(true);
+  } else {
+    load_all(false);
   }
 }
 
@@ -120,14 +127,19 @@ __device__ inline void measure_outer(const Rows& rows, const Piece& piece, doubl
 
 constexpr int kBlock = 4;
 
+GRADVAC_HD inline std::int64_t blocks_of_rows(std::int64_t T) { return (T + kBlock - 1) / kBlock; }
+
+// `part` of `parts` of the pairs.
 template <class E>
-__device__ inline void measure_exactly(const Rows& rows, const Piece& piece, double* sums) {
-  const std::int64_t T = rows.T, blocks = (T + kBlock - 1) / kBlock;
+__device__ inline void measure_exactly(const Rows& rows, const Piece& piece, double* sums, std::int64_t part = 0,
+                                       std::int64_t parts = 1) {
+  const std::int64_t T = rows.T, blocks = blocks_of_rows(T);
   const int warps = static_cast<int>(blockDim.x) / kLanes;
-  for (std::int64_t which = warp_of_block(); which < pairs_of(blocks); which += warps) {
+  for (std::int64_t which = part * warps + warp_of_block(); which < pairs_of(blocks); which += parts * warps) {
     std::int64_t block, other;
     entry_of(which, &block, &other);
     double products[kBlock * kBlock] = {};
+#pragma unroll 2
     for (std::int64_t column = piece.begin + lane_of_warp(); column < piece.end; column += kLanes) {
       double x[kBlock], y[kBlock];
 #pragma unroll
@@ -152,24 +164,33 @@ __device__ inline void measure_exactly(const Rows& rows, const Piece& piece, dou
 
 // ---- from the sums of pieces to Gram matrices
 
-// G [T, T] of a group from the sums of its pieces, in their order; shares [threads] doubles of shared memory.
-__device__ inline void add_up(const double* sums, std::int64_t first, std::int64_t last, std::int64_t T, double* shares,
-                              double* G) {
+// Entries `begin` .. `end` - 1 of the triangle of G [T, T], from the sums of a group's pieces, in their order; shares
+// [threads] doubles of shared memory.
+__device__ inline void add_up(const double* sums, std::int64_t first, std::int64_t last, std::int64_t T,
+                              std::int64_t begin, std::int64_t end, double* shares, double* G) {
+  constexpr int kAtOnce = 8;  // loads under way together
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
   const std::int64_t pairs = pairs_of(T);
   const int together = pairs < threads ? static_cast<int>(pairs) : threads, slices = threads / together;
-  for (std::int64_t start = 0; start < pairs; start += together) {
+  for (std::int64_t start = begin; start < end; start += together) {
     const std::int64_t pair = start + thread % together;
     const int slice = thread / together;
     double sum = 0;
-    if (pair < pairs && slice < slices) {
-      for (std::int64_t piece = first + slice; piece < last; piece += slices) {
-        sum += load_shared_by_blocks(sums + piece * pairs + pair);
+    if (pair < end && slice < slices) {
+      for (std::int64_t piece = first + slice; piece < last; piece += kAtOnce * slices) {
+        double parts[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) {
+          const std::int64_t index = piece + u * slices;
+          parts[u] = index < last ? load_shared_by_blocks(sums + index * pairs + pair) : 0.0;
+        }
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) sum += parts[u];
       }
     }
     shares[thread] = sum;
     __syncthreads();
-    if (slice == 0 && pair < pairs) {
+    if (slice == 0 && pair < end) {
       for (int other = 1; other < slices; ++other) sum += shares[other * together + thread];
       std::int64_t i, j;
       entry_of(pair, &i, &j);

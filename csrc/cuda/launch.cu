@@ -69,8 +69,7 @@ Error measure_few(const Buffer& grads, const Task& task, Stream stream) {
 
 template <class E, class M>
 Error measure_blocks(const Task& task, Stream stream) {
-  const std::int64_t blocks = (task.rows.T + M::kRows - 1) / M::kRows;
-  const std::int64_t count = task.plan.num_pieces * (M::square ? pairs_of(blocks) : 1);
+  const std::int64_t count = task.plan.num_pieces * blocks_of_piece<M>(task.rows.T);
   if (count > kMostBlocks) return kTooMany;
   return launch(measure_many_rows<E, M>, {count, M::kThreads, M::kShared, false, stream}, task);
 }
@@ -87,7 +86,9 @@ Error measure_many(const Buffer& grads, const Task& task, Stream stream) {
       return measure_blocks<E, Matrix<4, true>>(task, stream);
     }
   }));
-  return launch(add_up_groups, {task.plan.K, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
+  const std::int64_t chunks = (pairs_of(grads.T) + kAddThreads - 1) / kAddThreads;
+  if (task.plan.K * chunks > kMostBlocks) return kTooMany;
+  return launch(add_up_groups, {task.plan.K * chunks, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
 }
 
 // Whether a launch has anything to do.
@@ -98,6 +99,8 @@ Error clear_counters(const Scratch& scratch, std::int64_t count, Stream stream) 
 }
 
 }  // namespace
+
+Error probe_device() { return static_cast<Error>(probe(add_up_groups)); }
 
 Error use_device(int device) { return static_cast<Error>(set_device(device)); }
 
@@ -122,8 +125,11 @@ Error combine(const Buffer& grads, const double* weights, const Plan& plan, cons
   if (is_empty(grads, plan) || plan.num_tiles == 0) return 0;
   if (plan.num_tiles > kMostBlocks) return kTooMany;
   return with_element(grads.dtype, [&](auto element) -> Error {
-    return launch(combine_rows<decltype(element)>, {plan.num_tiles, kCombineThreads, 0, false, stream}, rows_of(grads),
-                  plan, weights, out);
+    using E = decltype(element);
+    const Launch how{plan.num_tiles, kCombineThreads, 0, false, stream};
+    if (grads.T <= 2) return launch(combine_rows<E, 2>, how, rows_of(grads), plan, weights, out);
+    if (grads.T <= 4) return launch(combine_rows<E, 4>, how, rows_of(grads), plan, weights, out);
+    return launch(combine_rows<E, 8>, how, rows_of(grads), plan, weights, out);
   });
 }
 

@@ -65,18 +65,14 @@ template <>
 __device__ inline void split<Float32>(const Vector& v, Fragment<Float32> (&fragments)[1]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    std::uint32_t high[2], middle[2], low[2];
-#pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      const float x = Float32::number(v, 2 * half + w);
-      high[w] = float_to_bfloat16(x);
-      const float rest = x - Bfloat16::number(static_cast<std::uint16_t>(high[w]));
-      middle[w] = float_to_bfloat16(rest);
-      low[w] = float_to_bfloat16(rest - Bfloat16::number(static_cast<std::uint16_t>(middle[w])));
-    }
-    fragments[0].high[half] = high[0] | high[1] << 16;
-    fragments[0].middle[half] = middle[0] | middle[1] << 16;
-    fragments[0].low[half] = low[0] | low[1] << 16;
+    const float x = Float32::number(v, 2 * half), y = Float32::number(v, 2 * half + 1);
+    const std::uint32_t high = floats_to_bfloat16(x, y);
+    const float x_rest = x - __uint_as_float(high << 16), y_rest = y - __uint_as_float(high & 0xFFFF0000u);
+    const std::uint32_t middle = floats_to_bfloat16(x_rest, y_rest);
+    fragments[0].high[half] = high;
+    fragments[0].middle[half] = middle;
+    fragments[0].low[half] =
+        floats_to_bfloat16(x_rest - __uint_as_float(middle << 16), y_rest - __uint_as_float(middle & 0xFFFF0000u));
   }
 }
 
@@ -87,13 +83,14 @@ struct Matrix {
   static constexpr int blocks = blocks_, kRows = 8 * blocks;
   static constexpr bool square = square_;
   static constexpr int kThreads = 256, kWarps = kThreads / kLanes;
-  static constexpr int kBlocks = blocks <= 4 && !square ? 2 : 0;  // of a multiprocessor; 0: as many as fit
+  static constexpr int kBlocks = square ? 1 : blocks <= 4 ? 2 : 0;  // of a multiprocessor; 0: as many as fit
   // columns of 8 in the strip `strip` of 16 rows, and the tiles before it
   GRADVAC_HD static constexpr int width(int strip) { return square ? blocks : 2 * strip + 2; }
   GRADVAC_HD static constexpr int before(int strip) { return square ? blocks * strip : strip * (strip + 1); }
   static constexpr int kTiles = square ? blocks * blocks / 2 : (blocks / 2) * (blocks / 2 + 1);
-  static constexpr int kSums = kTiles * 4 * kLanes;  // of a warp
-  static constexpr std::size_t kShared = (sizeof(double) + sizeof(float) * kWarps) * kSums;
+  static_assert(kTiles % 2 == 0, "added up in halves");
+  static constexpr int kSums = kTiles * 4 * kLanes, kHalf = kSums / 2;  // of a warp
+  static constexpr std::size_t kShared = sizeof(double) * kSums + sizeof(float) * kWarps * kHalf;
 };
 
 // Adds up the products of a piece of rows 8 block ... and 8 other ...; sums [T (T + 1) / 2], bench M::kShared bytes.
@@ -104,7 +101,7 @@ __device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std:
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp(), warp = warp_of_block();
   const bool aligned = rows.aligned && piece.begin % E::kWidth == 0;
   double* totals = reinterpret_cast<double*>(bench);                    // [kSums], each place one thread's
-  float* found_by_warps = reinterpret_cast<float*>(totals + M::kSums);  // [kWarps][kSums]
+  float* found_by_warps = reinterpret_cast<float*>(totals + M::kSums);  // [kWarps][kHalf]
   for (int place = thread; place < M::kSums; place += M::kThreads) totals[place] = 0;
   for (std::int64_t run = piece.begin; run < piece.end; run += kRun) {
     const std::int64_t stop = run + kRun < piece.end ? run + kRun : piece.end;
@@ -117,10 +114,17 @@ __device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std:
 #pragma unroll
       for (int side = 0; side < kSides; ++side) {
         Vector vectors[M::blocks];
+        const auto load_all = [&](bool at_once) {
 #pragma unroll
-        for (int b = 0; b < M::blocks; ++b) {
-          const std::int64_t row = (side == 0 ? block : other) * M::kRows + 8 * b + lane / 4;
-          vectors[b] = row < rows.T ? load_vector<E>(rows.row<E>(row), column, stop, whole) : Vector{{0, 0, 0, 0}};
+          for (int b = 0; b < M::blocks; ++b) {
+            const std::int64_t row = (side == 0 ? block : other) * M::kRows + 8 * b + lane / 4;
+            vectors[b] = row < rows.T ? load_vector<E>(rows.row<E>(row), column, stop, at_once) : Vector{{0, 0, 0, 0}};
+          }
+        };
+        if (whole) {
+          load_all(true);
+        } else {
+          load_all(false);
         }
 #pragma unroll
         for (int b = 0; b < M::blocks; ++b) split<E>(vectors[b], fragments[side][b]);
@@ -141,18 +145,23 @@ __device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std:
       }
     }
 #pragma unroll
-    for (int tile = 0; tile < M::kTiles; ++tile) {
+    for (int half = 0; half < 2; ++half) {  // of the tiles: less shared memory
 #pragma unroll
-      for (int e = 0; e < 4; ++e) found_by_warps[warp * M::kSums + (tile * 4 + e) * kLanes + lane] = products[tile][e];
-    }
-    __syncthreads();
+      for (int tile = 0; tile < M::kTiles / 2; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          found_by_warps[warp * M::kHalf + (tile * 4 + e) * kLanes + lane] = products[half * M::kTiles / 2 + tile][e];
+        }
+      }
+      __syncthreads();
 #pragma unroll 1
-    for (int place = thread; place < M::kSums; place += M::kThreads) {
-      double total = totals[place];
-      for (int w = 0; w < M::kWarps; ++w) total += static_cast<double>(found_by_warps[w * M::kSums + place]);
-      totals[place] = total;
+      for (int place = thread; place < M::kHalf; place += M::kThreads) {
+        double total = totals[half * M::kHalf + place];
+        for (int w = 0; w < M::kWarps; ++w) total += static_cast<double>(found_by_warps[w * M::kHalf + place]);
+        totals[half * M::kHalf + place] = total;
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
   // place: tile, e, lane; the unit gives row lane / 4 (+ 8 from e = 2 on) and column 2 (lane % 4) + e % 2 of a tile
   for (int place = thread; place < M::kSums; place += M::kThreads) {

@@ -24,10 +24,11 @@ template <class T>
 __device__ inline T load_constant(const T* p) {
   return __ldg(p);
 }
-// What another block may have written during this launch.
-template <class T>
-__device__ inline T load_shared_by_blocks(const T* p) {
-  return __ldcg(p);
+// What another block may have written during this launch: not from a cache of this block's.
+__device__ inline double load_shared_by_blocks(const double* p) {
+  double x;
+  asm volatile("ld.global.cg.f64 %0, [%1];" : "=d"(x) : "l"(p) : "memory");
+  return x;
 }
 
 // To global memory, at 16 bytes. In words of PTX: the compiler may take a plain store apart.
@@ -38,19 +39,17 @@ __device__ inline void store16(void* p, std::uint32_t a, std::uint32_t b, std::u
 // ---- between blocks: what a block wrote before `arrive` or `publish` is seen by those that saw them
 
 __device__ inline std::int32_t arrive(std::int32_t* counter) {
-  __threadfence();
-  const std::int32_t before = atomicAdd(counter, 1);
-  __threadfence();
+  std::int32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 __device__ inline void publish(std::int32_t* flag) {
-  __threadfence();
-  atomicExch(flag, 1);
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
 }
 __device__ inline bool is_published(const std::int32_t* flag) {
-  const bool published = *reinterpret_cast<const volatile std::int32_t*>(flag) != 0;
-  __threadfence();
-  return published;
+  std::int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value != 0;
 }
 constexpr int kMostPolls = 1 << 27;  // minutes; waiting for good would hang the machine
 __device__ inline void wait_a_little() { __nanosleep(64); }
@@ -74,16 +73,24 @@ __device__ inline std::uint32_t float_to_bfloat16(float x) {
   return bits;
 }
 
+// Two of them, the first one in the lower half.
+__device__ inline std::uint32_t floats_to_bfloat16(float first, float second) {
+  std::uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
 // sums += a b, for a [16, 16], b [16, 8] in the layout of mma.m16n8k16
 __device__ inline void multiply_bfloat16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 __device__ inline void multiply_float16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // ---- launches
@@ -100,7 +107,10 @@ struct Launch {
 template <class... P>
 cudaError_t allow_shared(void (*kernel)(P...), std::size_t bytes) {
   if (bytes <= 48 << 10) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  int device = 0, most = 0;  // all there is: a graph that was captured before may need more than this launch
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return error != cudaSuccess ? error : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 template <class... P, class... A>
@@ -132,6 +142,13 @@ cudaError_t occupancy(int* blocks, void (*kernel)(P...), int threads, std::size_
 
 inline cudaError_t clear(std::int32_t* counters, std::int64_t count, void* stream) {
   return cudaMemsetAsync(counters, 0, count * sizeof(*counters), static_cast<cudaStream_t>(stream));
+}
+
+// Whether a kernel was compiled for the current device, and a driver is there to run it.
+template <class... P>
+cudaError_t probe(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel);
 }
 
 inline cudaError_t set_device(int device) { return cudaSetDevice(device); }

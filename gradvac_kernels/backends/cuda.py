@@ -28,8 +28,8 @@ except ImportError as error:  # said on first use and by python -m gradvac_kerne
 _DEVICE = "cuda"  # of the tensors it serves
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # gradvac::Dtype
 _CAPABILITY = (8, 0)
-MOST_ROWS = 4096
-"""A row's numbers fill a block's shared memory."""
+MOST_ROWS = 3584
+"""A row's numbers fill a block's shared memory, 99 KiB on the smaller GPUs."""
 
 
 def why_unavailable() -> str | None:
@@ -38,8 +38,16 @@ def why_unavailable() -> str | None:
         return _missing
     if not torch.cuda.is_available() or torch.version.hip:
         return "no NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
-    return None if capability >= _CAPABILITY else f"it needs compute capability 8.0 or newer, found {capability}"
+    return _why_unavailable_on(torch.cuda.current_device())
+
+
+@functools.cache
+def _why_unavailable_on(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        return f"it needs compute capability 8.0 or newer, found {capability}"
+    with torch.cuda.device(device):
+        return _cuda.why_unavailable(device) or None
 
 
 def serves(device: torch.device) -> bool:
@@ -68,6 +76,7 @@ def coefficients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The inner loop of Algorithm 1 for ``G`` [K, T, T]; ``rule`` as ``reference.coefficients`` takes it."""
     K, T, _ = G.shape
+    _check_rows("G", T)
     with _current(G.device):
         native, scratch = _Vaccine(G, ema, limits, **rule), _Scratch(_Plan.of_matrices(G))
         _cuda.coefficients(G.data_ptr(), K, T, native.arguments, scratch.arguments, _stream(G.device))
@@ -124,9 +133,13 @@ class _Plan(NamedTuple):
 
 
 def _plan(grads: torch.Tensor, bounds: torch.Tensor) -> _Plan:
-    if len(grads) > MOST_ROWS:
-        raise ValueError(f"grads: expected at most {MOST_ROWS} rows, got {len(grads)}")
+    _check_rows("grads", len(grads))
     return _make_plan(tuple(bounds.flatten().tolist()), len(grads), grads.device)
+
+
+def _check_rows(name: str, num_rows: int) -> None:
+    if num_rows > MOST_ROWS:
+        raise ValueError(f"{name}: expected at most {MOST_ROWS} rows, got {num_rows}")
 
 
 @functools.cache  # for good: a captured CUDA graph may read a table at any time

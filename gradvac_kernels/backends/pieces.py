@@ -20,7 +20,7 @@ def piece_columns(columns: int, num_rows: int) -> int:
     if num_rows <= 16:
         unit, most = (RUN // 4 if columns <= 64 * RUN else RUN), 2048
     else:
-        unit, most = 2 * RUN, 1024
+        unit, most = 2 * RUN * -(-num_rows // 512), 1024
     return unit * -(-columns // (unit * most))
 
 

@@ -33,7 +33,7 @@ struct Plan {
 };
 
 constexpr std::int64_t kRun = 4096;   // columns whose products are added up in float32; float64 adds up the runs
-constexpr std::int64_t kTile = 2048;  // columns of the result that a block makes at once
+constexpr std::int64_t kTile = 4096;  // columns of the result that a block makes at once
 
 struct Result {
   void* data;  // [P]
@@ -66,6 +66,8 @@ struct Scratch {
 
 enum class Path { two_passes, one_pass };
 
+// Whether the kernels can run on the current device.
+Error probe_device();
 // The runtime that is linked in has a current device of its own: make it that of the memory.
 Error use_device(int device);
 Error gram(const Buffer& grads, const Plan& plan, const Scratch& scratch, double* G, Stream stream);

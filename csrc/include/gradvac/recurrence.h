@@ -44,18 +44,17 @@ struct Row {
     const bool lost = !(n2 > rule.limits.noise * added * added);  // what is left of g'_i is rounding
     if (lost || !rule.limits.usable(square_j)) return meeting;
     const double length = sqrt(n2), norm_j = sqrt(square_j);
-    const double phi = fmin(fmax(v_j / sqrt(n2 * square_j), -1.0), 1.0);  // exactly -1 for g_j = -g'_i
-    const double goal = hat > rule.max_target ? rule.max_target : hat;    // a NaN turns nothing
+    const double cosine = v_j / sqrt(n2 * square_j);  // exactly -1 for g_j = -g'_i
+    const double phi = cosine < -1 ? -1 : cosine > 1 ? 1 : cosine;
+    const double goal = hat > rule.max_target ? rule.max_target : hat;  // a NaN turns nothing
+    const double sin_phi = sqrt((1 - phi) * (1 + phi)), sin_goal = sqrt((1 - goal) * (1 + goal));
+    const double a = length * (goal * sin_phi - phi * sin_goal) / (norm_j * sin_goal);
     meeting.measured = true;
     meeting.phi = phi;
-    if (phi < goal) {
-      const double sin_phi = sqrt((1 - phi) * (1 + phi)), sin_goal = sqrt((1 - goal) * (1 + goal));
-      const double a = length * (goal * sin_phi - phi * sin_goal) / (norm_j * sin_goal);
-      n2 += 2 * a * v_j + (a * norm_j) * (a * norm_j);
-      added += fabs(a) * norm_j;
-      meeting.a = a;
-      meeting.turned = true;
-    }
+    meeting.turned = phi < goal;
+    meeting.a = meeting.turned ? a : 0.0;  // no branch: which way it goes is anybody's guess
+    n2 += 2 * meeting.a * v_j + (meeting.a * norm_j) * (meeting.a * norm_j);
+    added += fabs(meeting.a) * norm_j;
     return meeting;
   }
 };
