@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 
-@pytest.fixture(scope="module", params=steps.GRID, ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    grid = steps.FULL_GRID if metafunc.config.getoption("full") else steps.GRID
+    metafunc.parametrize("step_case", grid, ids=str, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def step_case(request: pytest.FixtureRequest) -> tuple[steps.StepCase, dict[str, dict[str, Any]]]:
     """A case, with what was measured of all its ways."""
     if request.config.getoption("device") != "cpu":
