@@ -70,6 +70,8 @@ def _scaling(figure: Any, rows: list[dict[str, Any]], ours: str) -> bool:
         axis.plot(values, floors, "--", color=_COLOURS["floor"], label="floor of two passes")
         axis.set_xscale("log", base=10 if name == "P" else 2)
         axis.set_yscale("log")
+        low, high = axis.get_ylim()
+        axis.set_ylim(low / 2, 2 * high)  # noise is not to look like growth
         fixed = ", ".join(f"{other} = {getattr(cases[0], other):,}" for other in "TPK" if other != name)
         axis.set_title(fixed, fontsize=9)
         axis.set_xlabel({"T": "tasks T", "P": "parameters P", "K": "groups K"}[name])

@@ -24,7 +24,7 @@ import torch
 WAYS = ("plain", "stream", "buffer")
 REQUIRED = ("babel",)
 _ROOT = Path(__file__).parent.parent
-_SECONDS = 8.0  # for the turns of a case
+_SECONDS = 15.0  # for the turns of a case
 _LEAST_ROUNDS, _MOST_ROUNDS = 4, 40
 _MEMORY_STEPS = 3  # the slabs' memory is sized in the first one
 
