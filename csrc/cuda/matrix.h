@@ -1,13 +1,16 @@
 // Gram of many rows: products by matrix units, mma.m16n8k16, with fragments loaded straight from the rows.
 //
 // Matrix units cut off what they add up instead of rounding it: they add up no more than 16 columns, and those sums are
-// added in float32 over a run and in float64 across. float32 is split into three bfloat16; what the six products that
+// added in float32 over a few, and in float64 across. float32 is split into three bfloat16; what the six products that
 // count leave out is below 2^-24.
 #pragma once
 
 #include "gram.h"
 
 namespace gradvac::cuda {
+
+// Columns after which float64 takes over: chains of 8 in float32. Of 32, in a group of few runs, 1e-7 is not kept.
+constexpr std::int64_t kMatrixRun = 1024;
 
 // A lane's share of 8 rows x 16 columns: of row lane / 4, the four columns from 4 (lane % 4) on. As both factors hold
 // the same columns in the same places, it does not matter which ones the unit takes them for.
@@ -103,8 +106,8 @@ __device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std:
   double* totals = reinterpret_cast<double*>(bench);                    // [kSums], each place one thread's
   float* found_by_warps = reinterpret_cast<float*>(totals + M::kSums);  // [kWarps][kHalf]
   for (int place = thread; place < M::kSums; place += M::kThreads) totals[place] = 0;
-  for (std::int64_t run = piece.begin; run < piece.end; run += kRun) {
-    const std::int64_t stop = run + kRun < piece.end ? run + kRun : piece.end;
+  for (std::int64_t run = piece.begin; run < piece.end; run += kMatrixRun) {
+    const std::int64_t stop = run + kMatrixRun < piece.end ? run + kMatrixRun : piece.end;
     float products[M::kTiles][4] = {};
 #pragma unroll 1
     for (std::int64_t start = run; start < stop; start += kStep) {
