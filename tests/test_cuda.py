@@ -89,6 +89,20 @@ def test_two_passes_in_any_schedule(device, T, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found, expected)), seed
 
 
+@pytest.mark.parametrize(("T", "dtype"), [(5, torch.float32), (8, torch.bfloat16), (17, torch.float32)])
+def test_a_piece_of_several_runs_is_added_up_in_float64(monkeypatch, T, dtype):
+    """As groups beyond 8M columns have them. Longer chains are some 1e-9 off, another order of float64 1e-15."""
+    groups = gvk.ParameterGroups.from_sizes({"a": 20_000})
+    grads, found = task_gradients(T, groups, dtype=dtype), []
+    for columns in (4096, 5 * 4096):
+        monkeypatch.setattr(cuda, "piece_columns", lambda *_, columns=columns: columns)
+        cuda._make_plan.cache_clear()
+        found.append(gvk.gram(grads, groups, backend="cuda")[0])
+    cuda._make_plan.cache_clear()
+    norms = found[0].diagonal().sqrt()
+    assert float(((found[1] - found[0]).abs() / norms[:, None] / norms).max()) < 1e-13
+
+
 def test_a_launch_that_fails_is_an_error_and_harms_no_later_one(device):
     grads = task_gradients(4, GROUPS)
     expected = vaccinate(grads, GROUPS, one_pass=True)
