@@ -60,6 +60,7 @@ def vaccinate(
     weights: int,
     similarity: int,
     corrected: int,
+    G: int,
     out: int,
     out_dtype: int,
     threads: int,

@@ -25,7 +25,7 @@ _RULE = (
     "SymInt step, Tensor? counter, SymInt first_group, str? backend=None"
 )
 _library.define(f"coefficients(Tensor G, ScalarType dtype, {_RULE}) -> (Tensor, Tensor, Tensor)")
-_library.define(f"vaccinate(Tensor grads, Tensor bounds, Tensor(a!) out, {_RULE}) -> (Tensor, Tensor, Tensor)")
+_library.define(f"vaccinate(Tensor grads, Tensor bounds, Tensor(a!) out, {_RULE}) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(
     "task_order(SymInt num_groups, SymInt num_tasks, SymInt seed, SymInt step, SymInt first_group, "
     "Device device) -> Tensor"
@@ -408,7 +408,7 @@ def _coefficients_fake(
 
 def _vaccinate(
     grads: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor, *arguments: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rule, backend = Rule(*arguments[: len(Rule._fields)]), arguments[len(Rule._fields) :]
     Call(grads, bounds, out, rule).check()
     found = backends.choose(grads.device, *backend).vaccinate(grads, bounds, out=out, **rule.for_backend())
@@ -425,13 +425,14 @@ def _note_write(*tensors: torch.Tensor | None) -> None:
 
 def _vaccinate_fake(
     grads: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor, *arguments: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     Call(grads, bounds, out, Rule(*arguments[: len(Rule._fields)])).check_shapes()
     K, T = bounds.shape[0], grads.shape[0]
     return (
         grads.new_empty(K, T, dtype=torch.float64),
         grads.new_empty(K, T, T, dtype=torch.float64),
         grads.new_empty(K, T, T, dtype=torch.bool),
+        grads.new_empty(K, T, T, dtype=torch.float64),
     )
 
 

@@ -46,8 +46,10 @@ def vaccinate(
     weights = torch.ones(len(groups), T, dtype=torch.float64, device="cpu")
     similarity = torch.full((len(groups), T, T), torch.nan, dtype=torch.float64, device="cpu")
     corrected = torch.zeros(len(groups), T, T, dtype=torch.bool, device="cpu")
+    gram = torch.empty_like(similarity)
     for k, (begin, end) in enumerate(groups.bounds.tolist()):
         g = call.grads[:, begin:end].to("cpu", torch.float64)  # [T, P_k]
+        gram[k] = g @ g.T
         square = [float(row @ row) for row in g]
         usable = [limits.smallest <= s <= limits.largest for s in square]  # neither zero nor non-finite
         update = torch.zeros(end - begin, dtype=torch.float64, device="cpu")
@@ -76,5 +78,4 @@ def vaccinate(
             update += turned
         weights[k] = combination.sum(0)
         call.out[begin:end] = update.to(call.out)
-    device = grads.device
-    return Vaccination(call.out, weights.to(device), similarity.to(device), corrected.to(device))
+    return Vaccination(call.out, *(found.to(grads.device) for found in (weights, similarity, corrected, gram)))

@@ -18,6 +18,8 @@ class Vaccination(NamedTuple):
     """``[K, T, T]`` float64: cosine of the current row i and row j as Algorithm 1 measured it; NaN where it did not."""
     corrected: torch.Tensor
     """``[K, T, T]`` bool: row i was turned towards row j."""
+    gram: torch.Tensor
+    """``[K, T, T]`` float64: dot products of the original rows, as :func:`gradvac_kernels.gram` gives them."""
 
 
 class Coefficients(NamedTuple):

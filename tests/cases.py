@@ -57,6 +57,7 @@ class Expected(NamedTuple):
     weights: torch.Tensor
     similarity: torch.Tensor
     corrected: torch.Tensor
+    gram: torch.Tensor
     ema: torch.Tensor
 
 

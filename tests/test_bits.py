@@ -24,6 +24,7 @@ def everything(grads, groups, backend, threads=2):
         found.weights,
         found.similarity.nan_to_num(7.0),
         found.corrected,
+        found.gram,
         ema,
     ]
 

@@ -86,6 +86,19 @@ def test_rows_on_any_alignment(native, dtype, skew):
     assert torch.equal(gvk.gram(plain, groups, backend=native), gvk.gram(skewed, groups, backend=native))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 5, 8, 18])
+def test_vaccinate_returns_it(backend, T, dtype):
+    """The same bits, of the whole buffer and of a slab."""
+    groups = LAYOUTS["whole"]
+    grads = task_gradients(T, groups, dtype=dtype)
+    for some in (groups, groups[1:4]):
+        begin = groups.offsets[some.first]
+        columns = grads[:, begin : begin + some.numel]
+        found = gvk.vaccinate(columns, some, None, target=0.5, backend=backend).gram
+        assert torch.equal(found, gvk.gram(columns, some, backend=backend))
+
+
 def test_expanded_rows(backend):
     groups = LAYOUTS["ragged"]
     row = task_gradients(1, groups)

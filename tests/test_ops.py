@@ -140,7 +140,7 @@ def vaccinate(grads, ema):
 
 def vaccinate_by_id_into(grads, ema, out):
     found = gvk.vaccinate(grads, GROUPS, ema, beta=0.1, task_ids=[4, 0, 2], seed=8, out=out)
-    return found.gradient * 2, found.weights, found.similarity, found.corrected
+    return found.gradient * 2, found.weights, found.similarity, found.corrected, found.gram
 
 
 def vaccinate_towards_a_constant(grads, order):
@@ -260,6 +260,7 @@ def check_shapes(groups, device, dtype):
     assert describe(found.weights) == ((K, T), torch.float64, device)
     assert describe(found.similarity) == ((K, T, T), torch.float64, device)
     assert describe(found.corrected) == ((K, T, T), torch.bool, device)
+    assert describe(found.gram) == ((K, T, T), torch.float64, device)
     assert gvk.vaccinate(grads, groups, None, target=0.0, out=out).gradient is out
     assert describe(gvk.task_order(4, T, seed=0, step=0, device=device)) == ((4, T, T - 1), torch.int64, device)
     with pytest.raises(ValueError, match="ema: expected shape"):

@@ -9,6 +9,7 @@ import gradvac_kernels as gvk
 # The Gram is within 1e-7 |g_i||g_j|; the recurrence is float64 and amplifies it by about 1 / (1 - phi^2), which these
 # cases keep below 4; the result is rounded once to float32, 6e-8. float64: 2^-53 sqrt(P), amplified alike.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-12}
+GRAM = {torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7, torch.float64: 2e-14}
 WIDE = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.float32,
@@ -50,6 +51,8 @@ def check_run(backend, T, layout, dtype, steps, *, vaccinated=None, zero_rows=Fa
         assert ((found.weights - want.weights) * lengths).abs().max() <= tolerance * (
             want.weights * lengths
         ).abs().max()
+        scale = lengths[:, :, None] * lengths[:, None, :]
+        assert bool(((found.gram - want.gram).abs() <= GRAM[dtype] * scale).all())
         assert torch.equal(found.similarity.isnan(), want.similarity.isnan())
         assert torch.allclose(found.similarity, want.similarity, rtol=0, atol=tolerance, equal_nan=True)
         if ema is not None:

@@ -203,7 +203,7 @@ def test_any_method_will_do():
     def plain_sum(grads, groups, task_ids, out):
         seen.append((grads.clone(), groups, list(task_ids)))
         gvk.combine(grads, torch.ones(len(groups), len(grads)), groups, out=out)
-        return gvk.Vaccination(out, *[torch.empty(0)] * 3)
+        return gvk.Vaccination(out, *[torch.empty(0)] * 4)
 
     model = towers()
     tasks = gvk.TaskGradients(model, TASKS, method=plain_sum)

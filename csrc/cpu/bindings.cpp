@@ -70,11 +70,11 @@ void vaccinate(Address data, int dtype, std::int64_t T, std::int64_t row_stride,
                Address ema, std::int64_t N, double beta, double target, double max_target, double noise,
                double smallest, double largest, Address task_ids, Address turnable, Address order, std::int64_t seed,
                std::int64_t step, std::int64_t first_group, Address weights, Address similarity, Address corrected,
-               Address out, int out_dtype, int threads) {
+               Address G, Address out, int out_dtype, int threads) {
   cpu::vaccinate(buffer(data, dtype, T, row_stride, bounds, K),
                  vaccine(ema, N, beta, target, max_target, noise, smallest, largest, task_ids, turnable, order, seed,
                          step, first_group, weights, similarity, corrected),
-                 {pointer<void>(out), static_cast<Dtype>(out_dtype)}, threads);
+                 pointer<double>(G), {pointer<void>(out), static_cast<Dtype>(out_dtype)}, threads);
 }
 
 std::vector<std::string> instruction_sets() {

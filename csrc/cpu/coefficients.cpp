@@ -37,10 +37,10 @@ struct CoefficientPhase::Solving {
   std::int64_t entry = 0;               // of the row in [K, T, T]
 };
 
-CoefficientPhase::CoefficientPhase(const Vaccine& vaccine, std::int64_t K, std::int64_t T, int threads)
+CoefficientPhase::CoefficientPhase(const Vaccine& vaccine, const double* G, std::int64_t K, std::int64_t T, int threads)
     : vaccine_(vaccine),
+      G_(G),
       T_(T),
-      G_(new double[K * T * T]),
       C_(new double[K * T * T]),
       v_(new double[threads * kRows * T]),
       order_(new std::int64_t[threads * kRows * T]) {}
@@ -68,7 +68,7 @@ const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row,
 // False if the row is not to be turned.
 bool CoefficientPhase::begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Solving* solving) {
   const std::int64_t T = T_, entry = (group * T + row) * T;
-  const double* G = &G_[group * T * T];
+  const double* G = G_ + group * T * T;
   std::fill(&C_[entry], &C_[entry] + T, 0.0);
   C_[entry + row] = 1;
   std::fill(vaccine_.similarity + entry, vaccine_.similarity + entry + T, std::numeric_limits<double>::quiet_NaN());
@@ -85,7 +85,7 @@ bool CoefficientPhase::begin(std::int64_t group, std::int64_t row, double* v, st
 void CoefficientPhase::solve(std::int64_t group, std::int64_t first, std::int64_t last, int thread) {
   const Vaccine& vaccine = vaccine_;
   const std::int64_t T = T_;
-  const double* G = &G_[group * T * T];
+  const double* G = G_ + group * T * T;
   Solving rows[kRows];
   int count = 0;
   for (std::int64_t row = first; row < last; ++row) {
@@ -125,8 +125,7 @@ void coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine
   constexpr std::int64_t kWorthAThread = 1 << 16;  // multiply-adds, of which a meeting takes some itself
   const std::int64_t useful = K * T * T * (T + 16) / kWorthAThread + 1;
   if (useful < threads) threads = static_cast<int>(useful);
-  CoefficientPhase phase(vaccine, K, T, threads);
-  std::copy(G, G + K * T * T, phase.G(0));
+  CoefficientPhase phase(vaccine, G, K, T, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;

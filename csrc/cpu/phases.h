@@ -81,8 +81,7 @@ class GramPhase {
 
 class CoefficientPhase {
  public:
-  CoefficientPhase(const Vaccine& vaccine, std::int64_t K, std::int64_t T, int threads);
-  double* G(std::int64_t group) { return &G_[group * T_ * T_]; }
+  CoefficientPhase(const Vaccine& vaccine, const double* G, std::int64_t K, std::int64_t T, int threads);
   // Rows first .. last - 1 of a group, at most kRows: one waits for roots and quotients while others go on.
   void solve(std::int64_t group, std::int64_t first, std::int64_t last, int thread);
   void weigh(std::int64_t group);
@@ -100,8 +99,9 @@ class CoefficientPhase {
   std::int64_t id(std::int64_t row) const { return vaccine_.task_ids == nullptr ? row : vaccine_.task_ids[row]; }
 
   const Vaccine& vaccine_;
+  const double* G_;  // [K, T, T]
   std::int64_t T_;
-  std::unique_ptr<double[]> G_, C_;        // [K, T, T]
+  std::unique_ptr<double[]> C_;            // [K, T, T]
   std::unique_ptr<double[]> v_;            // [threads, kRows, T]
   std::unique_ptr<std::int64_t[]> order_;  // [threads, kRows, T]
 };

@@ -40,14 +40,14 @@ std::vector<std::pair<std::int64_t, std::int64_t>> batches(const Buffer& grads, 
 
 }  // namespace
 
-void vaccinate(const Buffer& grads, const Vaccine& vaccine, const Result& out, int threads) {
+void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Result& out, int threads) {
   threads = useful_threads(grads, threads);
   const Segments segments(grads);
   const auto runs = batches(grads, segments);
   GramPhase gram(grads, segments, threads);
-  CoefficientPhase coefficients(vaccine, grads.K, grads.T, threads);
+  CoefficientPhase coefficients(vaccine, G, grads.K, grads.T, threads);
   const CombinePhase combine(grads, vaccine.weights, out);
-  const std::int64_t blocks = coefficients.blocks();
+  const std::int64_t blocks = coefficients.blocks(), matrix = grads.T * grads.T;
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
@@ -58,7 +58,7 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, const Result& out, i
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t s = begin; s < end; ++s) gram.measure(s, thread);
 #pragma omp for schedule(dynamic, 1)
-      for (std::int64_t k = first; k < last; ++k) gram.add_up(k, coefficients.G(k));
+      for (std::int64_t k = first; k < last; ++k) gram.add_up(k, G + k * matrix);
 #pragma omp for schedule(dynamic, 1)
       for (std::int64_t b = first * blocks; b < last * blocks; ++b) {
         coefficients.solve_block(b / blocks, b % blocks, thread);
@@ -72,7 +72,7 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, const Result& out, i
     for (std::int64_t k = 0; k < grads.K; ++k) {
       if (!is_small(segments, k, grads.T)) continue;
       for (std::int64_t s = segments.first(k); s < segments.first(k + 1); ++s) gram.measure(s, thread);
-      gram.add_up(k, coefficients.G(k));
+      gram.add_up(k, G + k * matrix);
       for (std::int64_t block = 0; block < blocks; ++block) coefficients.solve_block(k, block, thread);
       coefficients.weigh(k);
       for (std::int64_t s = segments.first(k); s < segments.first(k + 1); ++s) combine.combine(segments[s]);

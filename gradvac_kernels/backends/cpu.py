@@ -74,12 +74,13 @@ def coefficients(
 
 def vaccinate(
     grads: torch.Tensor, bounds: torch.Tensor, ema: torch.Tensor | None, *, out: torch.Tensor, **rule: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients and combine in one call: a group is combined while it is still in the cache."""
-    native = _native(len(bounds), grads.shape[0], ema, precision(grads.dtype), **rule)
+    K, T = len(bounds), grads.shape[0]
+    native, G = _native(K, T, ema, precision(grads.dtype), **rule), torch.empty(K, T, T, dtype=torch.float64)
     result = out.data_ptr(), _DTYPE[out.dtype], torch.get_num_threads()
-    _cpu.vaccinate(*(*_buffer(grads, bounds), *native.arguments, *result))
-    return native.results
+    _cpu.vaccinate(*(*_buffer(grads, bounds), *native.arguments, G.data_ptr(), *result))
+    return *native.results, G
 
 
 class _Native(NamedTuple):

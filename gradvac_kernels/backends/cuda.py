@@ -91,7 +91,7 @@ def vaccinate(
     out: torch.Tensor,
     one_pass: bool | None = None,
     **rule: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine. ``one_pass``: whether groups are combined while they are on the chip, by one launch
     that stays; None decides by their size."""
     with _current(grads.device):
@@ -105,7 +105,7 @@ def vaccinate(
         native = _Vaccine(G, ema, precision(grads.dtype), **rule)
         arguments = plan.arguments, native.arguments, scratch.arguments, G.data_ptr(), result, one_pass
         _cuda.vaccinate(buffer, *arguments, _stream(grads.device))
-    return native.results
+    return *native.results, G
 
 
 class _Plan(NamedTuple):

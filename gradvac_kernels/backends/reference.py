@@ -109,8 +109,9 @@ def coefficients(
 
 def vaccinate(
     grads: torch.Tensor, bounds: torch.Tensor, ema: torch.Tensor | None, *, out: torch.Tensor, **rule: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine; ``rule`` as :func:`coefficients` takes it."""
-    found = coefficients(gram(grads, bounds), ema, limits=precision(grads.dtype), **rule)
+    G = gram(grads, bounds)
+    found = coefficients(G, ema, limits=precision(grads.dtype), **rule)
     combine(grads, found[0], bounds, out)
-    return found
+    return *found, G

@@ -176,8 +176,8 @@ class StreamSink:
             if group not in self._found:
                 self._finish(group)
         parts = [self._found[group] for group in range(len(self._groups))]
-        _, weights, similarity, corrected = map(list, zip(*parts))
-        return Vaccination(self._result, torch.cat(weights), torch.cat(similarity), torch.cat(corrected))
+        _, *measured = zip(*parts)
+        return Vaccination(self._result, *map(torch.cat, measured))
 
     def _finish(self, group: int) -> None:
         begin, end = self._groups.offsets[group], self._groups.offsets[group + 1]
@@ -220,7 +220,7 @@ class StreamSink:
                     weights,
                     [Target(view_of(row, part, 0)) if part and part.parameter == index else None for part in use.parts],
                 )
-        return Vaccination(out, *found)
+        return Vaccination(out, found.weights, found.similarity, found.corrected, G)
 
     def _group_of(self, part: Part) -> int:
         return self._groups.parameters[part.parameter].group

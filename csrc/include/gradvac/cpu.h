@@ -40,7 +40,8 @@ void gram(const Buffer& grads, double* G, int threads);
 // The inner loop of Algorithm 1 for Gram matrices [K, T, T].
 void coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, int threads);
 void combine(const Buffer& grads, const double* weights, const Result& out, int threads);
-void vaccinate(const Buffer& grads, const Vaccine& vaccine, const Result& out, int threads);
+// All three; G [K, T, T] gets the Gram matrices.
+void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Result& out, int threads);
 
 // The ceilings that benchmarks hold the kernels against.
 double streaming_read(const void* data, std::int64_t bytes, int threads);

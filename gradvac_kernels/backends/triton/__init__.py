@@ -62,13 +62,14 @@ def coefficients(
 
 def vaccinate(
     grads: torch.Tensor, bounds: torch.Tensor, ema: torch.Tensor | None, *, out: torch.Tensor, **rule: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine."""
     with device.current(grads.device):
         plan = _plan(grads, bounds)
-        found = _solve(*gram_kernels.measure(grads, plan), ema, limits=precision(grads.dtype), **rule)
+        G, arrived = gram_kernels.measure(grads, plan)
+        found = _solve(G, arrived, ema, limits=precision(grads.dtype), **rule)
         combine_kernels.combine(grads, found[0], plan, out)
-    return found
+    return *found, G
 
 
 def _solve(
