@@ -1,6 +1,6 @@
 """Multi-task gradient alignment in one pass over a task x parameter buffer: Gradient Vaccine and its Gram matrices."""
 
-from . import ops, reference
+from . import methods, ops, reference
 from .backends import available_backends
 from .buffer import GradientBuffer
 from .groups import ParameterGroups
@@ -9,6 +9,7 @@ from .ops import coefficients, combine, gram, task_order, vaccinate
 from .result import Coefficients, Vaccination
 from .streaming import register_rule, task_mean_loss
 from .task_gradients import TaskGradients
+from .tracker import SimilarityTracker
 from .version import __version__
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "GradVac",
     "GradientBuffer",
     "ParameterGroups",
+    "SimilarityTracker",
     "TaskGradients",
     "Vaccination",
     "__version__",
@@ -23,6 +25,7 @@ __all__ = [
     "coefficients",
     "combine",
     "gram",
+    "methods",
     "ops",
     "reference",
     "register_rule",

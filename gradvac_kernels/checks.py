@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,16 @@ def check_int(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
+
+
+def check_real(name: str, value: Any, least: float | None = None) -> float:
+    """A finite number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {value!r}")
+    if not math.isfinite(value) or (least is not None and value < least):
+        bound = "" if least is None else f" of at least {least:g}"
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+    return float(value)
 
 
 def check_tensor(

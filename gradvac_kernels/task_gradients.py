@@ -12,10 +12,9 @@ import torch
 from . import checks, streaming
 from .buffer import GradientBuffer
 from .groups import Granularity, ParameterGroups, gradient_stride, trainable
-from .methods import GradVac
+from .methods import GradVac, Method
+from .numerics import DTYPES
 from .result import Vaccination
-
-Method = Callable[..., Vaccination]
 
 
 class TaskGradients:
@@ -48,8 +47,9 @@ class TaskGradients:
         model: its trainable parameters must have one dtype and one device.
         tasks: the names of the N tasks; a step need not have all of them.
         granularity: see :meth:`ParameterGroups.from_model`.
-        method: called as ``method(grads, groups, task_ids=, out=)``, and for :meth:`batch` through ``in_parts`` (see
-            :meth:`GradVac.in_parts`); None means ``GradVac()``.
+        method: one of :mod:`gradvac_kernels.methods`, or anything that is called as ``method(grads, groups, task_ids=,
+            out=)``, and for :meth:`batch` has ``in_parts`` (see :meth:`methods.Method.in_parts`); None means
+            ``GradVac()``. Methods that need losses get them from :meth:`backward` or :meth:`report_losses`.
         reduction: ``"sum"`` (Algorithm 1) or ``"mean"`` (divided by the number of tasks in the step).
 
     Attributes:
@@ -68,7 +68,7 @@ class TaskGradients:
         model: torch.nn.Module,
         tasks: Sequence[str],
         granularity: Granularity = "all_layer",
-        method: Method | None = None,
+        method: Callable[..., Vaccination] | None = None,
         reduction: str = "sum",
     ) -> None:
         if (
@@ -95,19 +95,16 @@ class TaskGradients:
             self.groups = ParameterGroups.from_model(model, granularity, align=16 // dtype.itemsize)  # one wide load
         if method is not None and (not callable(method) or isinstance(method, type)):
             raise TypeError(f"method: expected a callable, such as GradVac(), got {method!r}")
-        self.method: Method = GradVac() if method is None else method
+        self.method: Callable[..., Vaccination] = GradVac() if method is None else method
         self._buffer = GradientBuffer(self.groups, len(self.tasks), dtype=dtype, device=device)
-        if isinstance(self.method, GradVac):
-            if self.method.num_tasks not in (None, len(self.tasks)):
-                raise ValueError(f"method: expected num_tasks {len(self.tasks)}, got {self.method.num_tasks}")
-            if self.method.vaccinated is not None:
-                checks.check_range("method.vaccinated", self.method.vaccinated, len(self.tasks))
-            self.method.num_tasks = len(self.tasks)
+        if isinstance(self.method, Method):
+            self.method.bind(len(self.tasks))
         self.last: Vaccination | None = None
         self.last_task_ids: tuple[int, ...] = ()
         self._model = model
         self._parameters = [named[slot.name] for slot in self.groups.parameters]
         self._rows: list[int] = []  # ids of the tasks captured in this step: row r of the buffer is task _rows[r]
+        self._losses: dict[str, torch.Tensor] = {}  # of this step
         self._used = [False] * len(self._parameters)
         self._capturing = False
         self._slabs = [self.groups[k : k + 1] for k in range(len(self.groups))]
@@ -239,6 +236,7 @@ class TaskGradients:
                         yield
                     self._used = [index in stream.fired for index in range(len(self._parameters))]
                     found = stream.close()
+                    step.losses = self._losses_of(present)
                 self._set_grads(found, tuple(present))
         except BaseException:
             self.discard()
@@ -273,10 +271,42 @@ class TaskGradients:
                     f"{loss.dtype}, requires_grad={loss.requires_grad}"
                 )
         *_, last = losses
+        self.report_losses(losses)
         for name, loss in losses.items():
             with self.task(name):
                 loss.backward(retain_graph=name != last)
         return self.apply()
+
+    def report_losses(self, losses: Mapping[str, torch.Tensor | float] | torch.Tensor) -> None:
+        """Tell the method the tasks' losses of this step, where it needs them (GradNorm, CATS).
+
+        Inside :meth:`batch` or :meth:`task`, or before :meth:`apply`; for a task reported twice the last one counts.
+        :meth:`backward` does it by itself.
+
+        Args:
+            losses: a scalar for each task of this step, by name, or ``[N]``, one for each of ``tasks`` (what stands
+                there for absent tasks does not matter).
+
+        Raises:
+            TypeError, ValueError: an unknown task, or not one real number for each.
+        """
+        if isinstance(losses, torch.Tensor):
+            checks.check_tensor("losses", losses, DTYPES, (len(self.tasks),))
+            losses = dict(zip(self.tasks, losses.detach()))
+        elif not isinstance(losses, Mapping):
+            raise TypeError(f"losses: expected a mapping or a tensor, got {type(losses).__name__}")
+        found = {}
+        for name, loss in losses.items():
+            if name not in self.tasks:
+                raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {name!r}")
+            if not isinstance(loss, torch.Tensor):
+                loss = torch.tensor(checks.check_real(f"losses[{name!r}]", loss), dtype=torch.float64)
+            loss = loss.detach()
+            if loss.numel() != 1 or loss.is_complex():
+                got = f"shape {list(loss.shape)}, {loss.dtype}"
+                raise ValueError(f"losses[{name!r}]: expected a real scalar, got {got}")
+            found[name] = loss.reshape(())
+        self._losses |= found
 
     def apply(self) -> Vaccination:
         """Vaccinate what was captured and set the model's ``.grad``.
@@ -294,15 +324,17 @@ class TaskGradients:
             )
         result = self._buffer.result
         try:
-            found = self.method(self.grads, self.groups, task_ids=self._rows, out=result)
+            more = {"losses": self._losses_of(self._rows)} if isinstance(self.method, Method) else {}
+            found = self.method(self.grads, self.groups, task_ids=self._rows, out=result, **more)
         except BaseException:
             self.discard()
             raise
         return self._set_grads(found, self.task_ids)
 
     def discard(self) -> None:
-        """Forget the gradients captured since the last ``apply``."""
+        """Forget the gradients captured, and the losses reported, since the last ``apply``."""
         self._rows = []
+        self._losses = {}
         self._used = [False] * len(self._parameters)
 
     def _set_grads(self, found: Vaccination, task_ids: tuple[int, ...]) -> Vaccination:
@@ -314,6 +346,20 @@ class TaskGradients:
         self.last, self.last_task_ids = found, task_ids
         self.discard()
         return found
+
+    def _losses_of(self, rows: Sequence[int]) -> torch.Tensor | None:
+        """``[T]`` float64, of the rows' tasks; None if the method can do without."""
+        if not getattr(self.method, "needs_losses", False):
+            return None
+        names = [self.tasks[row] for row in rows]
+        missing = [name for name in names if name not in self._losses]
+        if missing:
+            raise ValueError(
+                f"losses: expected report_losses() for every task of the step, as {type(self.method).__name__} needs "
+                f"them, got none of {missing}"
+            )
+        device = self._buffer.result.device
+        return torch.stack([self._losses[name].to(device, torch.float64) for name in names])
 
     def _tasks_of(self, task_of_sample: torch.Tensor | Sequence[int | str]) -> tuple[list[int], torch.Tensor]:
         """The ids of the tasks present, ascending, and which of them each sample is, ``[B]`` on the CPU."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ import torch
 from .. import checks, ops
 from ..groups import ParameterGroups
 from ..result import Coefficients, Vaccination
+from .method import Method, check_state, check_task_ids
 
 
-class GradVac:
+class GradVac(Method):
     """Gradient Vaccine (Wang et al., ICLR 2021, Algorithm 1) and the moving averages it keeps between steps.
 
     Args:
@@ -64,61 +64,12 @@ class GradVac:
     def step(self) -> int:
         return int(self._step)
 
-    def __call__(
-        self,
-        grads: torch.Tensor,
-        groups: ParameterGroups,
-        task_ids: torch.Tensor | Sequence[int] | None = None,
-        out: torch.Tensor | None = None,
-    ) -> Vaccination:
-        """Vaccinate one step's gradients and advance the state.
+    def bind(self, num_tasks: int) -> None:
+        if self.vaccinated is not None:
+            checks.check_range("method.vaccinated", self.vaccinated, num_tasks)
+        super().bind(num_tasks)
 
-        Args:
-            grads: ``[T, P]``, one row a task of this batch.
-            groups: the K groups of the P columns, the same in every call.
-            task_ids: ``[T]``, which of the N tasks each row is; may be None when the batch holds all of them in order.
-            out: ``[P]``, where the update goes; None makes a new tensor.
-
-        Returns:
-            A :class:`Vaccination`.
-
-        Raises:
-            TypeError, ValueError: as :func:`gradvac_kernels.vaccinate`; then the state is as it was.
-        """
-        checks.check_face(grads, groups)
-        step = self._begin(groups, len(grads), grads.device)
-        found = step.vaccinate(grads, groups, task_ids, out)
-        self._commit(step)
-        return found
-
-    @contextmanager
-    def in_parts(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> Iterator[Step]:
-        """One step, some groups at a time: the bits of one call, for gradients that are never there all at once.
-
-        When the context ends, the state has advanced by one step; after an exception it is as it was.
-
-        Args:
-            groups: all K groups.
-            num_rows: T, the rows of every slab in this step.
-            device: of the gradients.
-
-        Returns:
-            What vaccinates a slab ``groups[a:b]``; each group once.
-
-        Raises:
-            ValueError: the number of groups or of rows does not fit the calls before.
-        """
-        step = self._begin(groups, num_rows, device)
-        before = None if step.ema is None else step.ema.clone()
-        try:
-            yield step
-        except BaseException:
-            if before is not None:
-                step.ema.copy_(before)  # type: ignore[union-attr]
-            raise
-        self._commit(step)
-
-    def _begin(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> Step:
+    def _begin(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> VaccineStep:
         num_tasks, ema = self.num_tasks, self.ema
         if num_tasks is None:
             num_tasks = num_rows
@@ -132,12 +83,19 @@ class GradVac:
         if self.capturable:
             with torch.inference_mode(False):  # it is counted up in place, also when that mode is over
                 step = torch.as_tensor(step, device=device)
-        return Step(self, groups.first, num_tasks, ema, step)
+        return VaccineStep(self, groups.first, num_tasks, ema, step)
 
-    def _commit(self, step: Step) -> None:
+    def _commit(self, step: VaccineStep) -> None:
         self.num_tasks, self.ema = step.num_tasks, step.ema
         self._step = step.number
         self._step += 1  # a tensor in place: a captured graph counts on
+
+    def _remember(self, step: VaccineStep) -> None:
+        step.before = None if step.ema is None else step.ema.clone()
+
+    def _abandon(self, step: VaccineStep) -> None:
+        if step.ema is not None and step.before is not None:
+            step.ema.copy_(step.before)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, for ``torch.save``: a copy of the targets, the step and the seed of the orders."""
@@ -149,23 +107,10 @@ class GradVac:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue, bit for bit, where ``state_dict()`` was taken.
-
-        Raises:
-            TypeError: a value is of a wrong type.
-            ValueError: keys are missing or unknown, or the numbers of tasks differ. Then nothing was changed.
-        """
-        expected = self.state_dict().keys()
-        if not isinstance(state, dict) or state.keys() != expected:
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state: expected a dict with exactly the keys {sorted(expected)}, got {got}")
+        bound = check_state(state, self.state_dict(), self.num_tasks)
         ema, num_tasks = state["ema"], state["num_tasks"]
         checks.check_int("state['seed']", state["seed"])
         checks.check_int("state['step']", state["step"], 0)
-        if num_tasks is not None:
-            checks.check_int("state['num_tasks']", num_tasks, 1)
-        if None not in (self.num_tasks, num_tasks) and num_tasks != self.num_tasks:
-            raise ValueError(f"state['num_tasks']: expected {self.num_tasks}, got {num_tasks}")
         if ema is not None:
             if num_tasks is None:
                 raise ValueError("state['num_tasks']: expected an int, the number of tasks of state['ema'], got None")
@@ -177,17 +122,18 @@ class GradVac:
         if self.vaccinated is not None:
             checks.check_range("state['num_tasks']: vaccinated", self.vaccinated, num_tasks)
         self.ema = None if ema is None else ema.clone().contiguous()
-        self.num_tasks = self.num_tasks if num_tasks is None else num_tasks
+        self.num_tasks = bound
         self.seed, self._step = state["seed"], state["step"]
 
 
-class Step:
+class VaccineStep:
     """One step of a :class:`GradVac`: slabs of groups against the targets of before it.
 
     Attributes:
         num_tasks: N.
         ema: ``[K, N, N]`` of all groups, updated slab by slab; None with a constant target.
         number: of the step, for the orders.
+        losses: not needed.
     """
 
     def __init__(
@@ -196,6 +142,8 @@ class Step:
         self.num_tasks = num_tasks
         self.ema = ema
         self.number = number
+        self.losses: torch.Tensor | None = None
+        self.before: torch.Tensor | None = None  # the targets, to go back to
         self._method = method
         self._first = first
 
@@ -226,13 +174,7 @@ class Step:
         device: torch.device,
         task_ids: torch.Tensor | Sequence[int] | None,
     ) -> dict[str, Any]:
-        if task_ids is None and num_rows != self.num_tasks:
-            raise ValueError(f"task_ids: expected ids for the {num_rows} of {self.num_tasks} tasks in grads, got None")
-        if task_ids is not None and not isinstance(task_ids, torch.Tensor):
-            task_ids = checks.check_ids("task_ids", task_ids)
-            checks.check_range("task_ids", task_ids, self.num_tasks)
-        elif task_ids is not None and task_ids.device.type == "cpu" and self._method.target is not None:
-            checks.check_range("task_ids", task_ids.tolist(), self.num_tasks)  # with targets, their shape says N
+        task_ids = check_task_ids(task_ids, num_rows, self.num_tasks)
         first = groups.first - self._first
         return {
             "ema": None if self.ema is None else self.ema[first : first + len(groups)],

@@ -1,0 +1,1 @@
+"""Faces that other libraries know; each module needs its library."""
