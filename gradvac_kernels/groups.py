@@ -171,7 +171,7 @@ def _group_names(granularity: Granularity) -> Callable[[str], str]:
         return granularity
     rules = {
         "whole_model": lambda name: "whole_model",
-        "enc_dec": _encoder_or_decoder,
+        "enc_dec": encoder_or_decoder,
         "all_layer": _layer,
         "all_matrix": lambda name: name,
     }
@@ -187,7 +187,8 @@ def _components(name: str) -> list[str]:
     return components
 
 
-def _encoder_or_decoder(name: str) -> str:
+def encoder_or_decoder(name: str) -> str:
+    """``"encoder"`` or ``"decoder"``, whichever is the first such component of the name, else ``"rest"``."""
     return next((part for part in _components(name) if part in ("encoder", "decoder")), "rest")
 
 
