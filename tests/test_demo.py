@@ -269,7 +269,9 @@ def test_cli_writes_finite_figures(finished):
 def test_cli_draws_pictures(finished):
     _, folder = finished
     pictures = list(folder.glob("*.png"))
-    assert len(pictures) == 4
+    assert {picture.stem for picture in pictures} == {
+        *("similarity", "similarity_by_layer", "encoder_decoder", "activity", "loss")
+    }
     for picture in pictures:
         content = picture.read_bytes()
         assert content.startswith(b"\x89PNG")

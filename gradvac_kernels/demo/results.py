@@ -97,16 +97,20 @@ def _cosine(setting: Setting, records: list[Record], kind: str) -> Results:
         "languages": setting.languages,
         "steps": steps,
         "averaged_from_step": begin,
-        "matrix": [[_number(value) for value in row] for row in whole.tolist()],
+        "matrix": _matrix(whole),
         "nearest_in_family": nearest,
         "with_relatives": asked,
         **_families(whole, families),
         "layers": {
             layer: _families(mean[index], families)
-            | {"by_step": [_families(cosine, families) for cosine in by_step[:, index]]}
+            | {"matrix": _matrix(mean[index]), "by_step": [_families(cosine, families) for cosine in by_step[:, index]]}
             for index, layer in enumerate(records[0].layers)
         },
     }
+
+
+def _matrix(cosine: torch.Tensor) -> list[list[float | None]]:
+    return [[_number(value) for value in row] for row in cosine.tolist()]
 
 
 def _families(cosine: torch.Tensor, families: Sequence[str]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""Read Gram matrices as cosines: by layer, within and across families, and as clusters."""
+"""Read Gram matrices as cosines: by layer, and within and across families."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 
 WHOLE = "whole model"
 
@@ -53,14 +51,6 @@ def nearest_in_family(cosine: torch.Tensor, families: Sequence[str]) -> tuple[in
     nearest = others.argmax(1).tolist()
     asked = [row for row, family in enumerate(families) if list(families).count(family) > 1]
     return sum(families[nearest[row]] == families[row] for row in asked), len(asked)
-
-
-def clusters(cosine: torch.Tensor) -> np.ndarray:
-    """Average-linkage clusters of the languages by distance ``1 - cosine``, as scipy's linkage matrix."""
-    distance = 1 - np.nan_to_num(cosine.numpy())
-    distance = (distance + distance.T) / 2
-    np.fill_diagonal(distance, 0)
-    return hierarchy.linkage(squareform(distance, checks=False), "average", optimal_ordering=True)
 
 
 def _layer(name: str) -> str:
