@@ -51,7 +51,7 @@ def similarity_by_layer(results: Results) -> Figure:
     layers = list(results["cosine"]["parallel"]["layers"])
     columns = min(4, len(layers))
     rows = -(-len(layers) // columns)
-    figure = Figure((3.1 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure((3.1 * columns, 2.8 * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for kind, style, data in (("parallel", "-", "same held-out things"), ("batch", ":", "training batches")):
         cosine = results["cosine"][kind]
@@ -62,9 +62,9 @@ def similarity_by_layer(results: Results) -> Figure:
             axis.set(title=layer, xlabel="")
     for axis in axes.flat[len(layers) :]:
         axis.set_axis_off()
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel("step")
-    figure.supylabel("mean cosine of two languages")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns, frameon=False)
+    figure.supxlabel("step", fontsize="medium")
+    figure.supylabel("mean cosine of two languages", fontsize="medium")
     return figure
 
 
@@ -102,7 +102,7 @@ def loss(results: Results) -> Figure:
             continue
         trained, tested = {}, {}
         for arm, curves in results["curves"].items():
-            line = f"{arms[arm]}, {name}"
+            line = f"{arms.get(arm, arm)}, {name}"
             trained[line] = np.array(curves["train_loss"])[:, which].mean(1)
             tested[line] = np.array(list(curves["held_out_loss"].values()))[:, which].mean(1)
         draw = partial(plots.over_steps, ylabel="loss, nats a character", log=True, style=style)
