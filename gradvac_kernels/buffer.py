@@ -6,6 +6,7 @@ import functools
 
 import torch
 
+from . import flat
 from .groups import ParameterGroups
 
 
@@ -54,7 +55,4 @@ class GradientBuffer:
         Returns:
             Views in the order of ``groups.parameters``, with the strides of the parameters; nothing is copied.
         """
-        return [
-            columns[slot.offset : slot.offset + slot.numel].as_strided(slot.shape, slot.stride)
-            for slot in self.groups.parameters
-        ]
+        return flat.views(columns, self.groups)
