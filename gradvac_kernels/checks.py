@@ -74,6 +74,17 @@ def check_is_tensor(name: str, tensor: Any) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
 
 
+def check_scalar(name: str, value: Any) -> None:
+    """A loss to differentiate."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.numel() != 1 or not value.requires_grad or value.is_complex():
+        raise ValueError(
+            f"{name}: expected a real scalar that requires grad, got shape {list(value.shape)}, "
+            f"{value.dtype}, requires_grad={value.requires_grad}"
+        )
+
+
 def check_backend(backend: Any) -> None:
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend: expected a name or None, got {backend!r}")

@@ -164,6 +164,11 @@ BAD_PARAMETERS = {
         ValueError,
         r"model: expected '0.weight' of shape \[4, 3\]",
     ),
+    "another memory order": (
+        lambda: flat.parameters([torch.empty(slot.shape) for slot in LAYOUT.parameters], LAYOUT),
+        ValueError,
+        r"model: expected '1.weight' of .* strides \(8, 1, 4, 2\), got .* strides \(8, 4, 2, 1\)",
+    ),
     "a number": (lambda: flat.flatten([1.0], LAYOUT), TypeError, r"tensors\[0\]: expected a tensor, got float"),
     "too many": (lambda: flat.flatten([None] * 6, LAYOUT), ValueError, "tensors: expected 5 tensors, got 6"),
     "nothing": (lambda: flat.flatten([None] * 5, LAYOUT), ValueError, "tensors: expected at least one tensor"),
