@@ -226,14 +226,30 @@ def test_what_did_not_converge_says_so(spectrum):
     assert float(found.residual) > 1e-12 * 7
 
 
-def test_the_better_of_two_unfinished_iterations_is_given():
-    """Without a shift a dominant negative eigenvalue draws the iteration to itself; the shifted one climbs."""
-    H = symmetric([1.0, 0.9, 0.8, 0.0, 0.0, 0.0, -50.0])
+@pytest.mark.parametrize(
+    ("spectrum", "least"),
+    [
+        ([1.0, 0.9, 0.8, 0.0, 0.0, 0.0, -50.0], 0.0),  # the first is drawn to -50, the shifted one climbs
+        ([5.0, 4.9, 4.8, 0.0, 0.0, 0.0, -1.0], 4.845),  # of these, the shifted one is the slower: 4.8425
+    ],
+)
+def test_the_better_of_two_unfinished_iterations_is_given(spectrum, least):
+    H = symmetric(spectrum)
     model = Vectors()
     groups = gvk.ParameterGroups.from_model(model)
     found = curvature.top_eigenvalue(quadratic(H, model), model, groups, tolerance=1e-9, max_iterations=20)
     assert not bool(found.converged)
-    assert 0 < float(found.eigenvalue) <= 1
+    assert least < float(found.eigenvalue) <= spectrum[0]
+
+
+def test_an_eigenvalue_below_a_known_bound_has_not_converged():
+    """This start of the shifted iteration is, to so rough a tolerance, an eigenvector of the eigenvalue 1."""
+    H = symmetric([5.0, 1.0, 1.0, 1.0, 1.0, 1.0, -4.9], seed=2)
+    model = Vectors()
+    groups = gvk.ParameterGroups.from_model(model)
+    found = curvature.top_eigenvalue(quadratic(H, model), model, groups, tolerance=0.3, max_iterations=3, seed=2)
+    assert float(found.eigenvalue) > 3  # from the first
+    assert not bool(found.converged)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
