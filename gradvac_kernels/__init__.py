@@ -7,6 +7,7 @@ from .groups import ParameterGroups
 from .methods import GradVac
 from .ops import coefficients, combine, gram, task_order, vaccinate
 from .result import Coefficients, Vaccination
+from .sampling import TaskSampler
 from .streaming import register_rule, task_mean_loss
 from .task_gradients import TaskGradients
 from .tracker import SimilarityTracker
@@ -19,6 +20,7 @@ __all__ = [
     "ParameterGroups",
     "SimilarityTracker",
     "TaskGradients",
+    "TaskSampler",
     "Vaccination",
     "__version__",
     "available_backends",
