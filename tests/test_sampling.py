@@ -82,6 +82,18 @@ def test_a_task_of_probability_zero_is_never_drawn():
     assert gvk.TaskSampler([7]).sample(5).tolist() == [0] * 5
 
 
+@pytest.mark.parametrize(
+    ("sizes", "temperature", "drawn", "index"),
+    [
+        ([1, 2**60], 0.01, 0, 1),  # the least number there is: not the first task, of probability 0
+        (range(1, 11), 3.0, 2**53 - 1, 9),  # the largest: none past the last, though the sum is rounded to 1 - 2^-53
+    ],
+)
+def test_the_ends_of_the_range(monkeypatch, sizes, temperature, drawn, index):
+    monkeypatch.setattr(gvk.sampling, "shift", lambda key, bits: torch.full_like(key, drawn))
+    assert gvk.TaskSampler(sizes, temperature).sample(3).tolist() == [index] * 3
+
+
 def test_a_loaded_state_continues():
     sampler = gvk.TaskSampler(SIZES, math.inf, seed=8)
     sampler.sample(123)
