@@ -1,6 +1,6 @@
 """Multi-task gradient alignment in one pass over a task x parameter buffer: Gradient Vaccine and its Gram matrices."""
 
-from . import methods, ops, reference
+from . import curvature, flat, meta, methods, ops, reference
 from .backends import available_backends
 from .buffer import GradientBuffer
 from .groups import ParameterGroups
@@ -26,7 +26,10 @@ __all__ = [
     "available_backends",
     "coefficients",
     "combine",
+    "curvature",
+    "flat",
     "gram",
+    "meta",
     "methods",
     "ops",
     "reference",
