@@ -21,7 +21,7 @@ from gradvac_kernels import GradVac
 from gradvac_kernels.demo import data, experiment, report, similarity
 from gradvac_kernels.demo.languages import DEFAULT, FAMILY_OF
 from gradvac_kernels.demo.model import Translator
-from gradvac_kernels.demo.train import PlainSum, Vaccinated, mean_loss, train
+from gradvac_kernels.demo.train import Aligned, PlainSum, mean_loss, train
 from gradvac_kernels.demo.vocabulary import END, UNKNOWN, Vocabulary
 
 SMALL = ("da", "sv", "es", "oc")
@@ -131,7 +131,7 @@ def test_arms_differ_by_the_method_alone():
     shared = setting()
 
     def vaccinated(**arguments):
-        return lambda model: Vaccinated(model, shared, "all_layer", GradVac(**arguments))
+        return lambda model: Aligned(model, shared, "all_layer", GradVac(**arguments))
 
     def plain(model):
         return PlainSum(model, shared)
@@ -159,7 +159,7 @@ def test_streamed_training_is_that_of_the_buffer():
     shared.measure_every = 2  # every other step is kept in the buffer and looked at
 
     def arm(capture):
-        return lambda model: Vaccinated(model, shared, "all_layer", GradVac(beta=0.5), capture)
+        return lambda model: Aligned(model, shared, "all_layer", GradVac(beta=0.5), capture)
 
     stream, buffer = train({"stream": arm("stream"), "buffer": arm("buffer")}, shared, seed=1).values()
     assert torch.tensor(stream.losses) == pytest.approx(torch.tensor(buffer.losses), rel=1e-4)
@@ -171,7 +171,7 @@ def test_streamed_training_is_that_of_the_buffer():
 @pytest.mark.parametrize("capture", ["stream", "buffer"])
 def test_measured_cosines_are_those_of_the_losses(capture):
     shared = setting(steps=1)
-    arms = {"method": lambda model: Vaccinated(model, shared, "all_matrix", GradVac(), capture)}
+    arms = {"method": lambda model: Aligned(model, shared, "all_matrix", GradVac(), capture)}
     (record,) = train(arms, shared, seed=0).values()
     torch.manual_seed(0)
     model = Translator(len(shared.vocabulary))

@@ -10,18 +10,14 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from gradvac_kernels import env
 
+from . import arms
 from .languages import DEFAULT, FAMILY_OF, choices
 
 REQUIRED = ("babel", "matplotlib", "sacrebleu", "scipy", "tqdm")
-METHODS = {
-    "gradvac": "moving targets",
-    "pcgrad": "constant target 0",
-    "fixed": "constant target --target",
-    "sum": "nothing is turned: what differs from the plain sum is rounding",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,29 +29,47 @@ def main(arguments: Sequence[str] | None = None) -> None:
     strangers = [language for language in options.vaccinated or () if language not in options.languages]
     if strangers:
         parser.error(f"argument --vaccinated: {', '.join(strangers)} not among the --languages")
+    if options.compare is not None:
+        try:
+            chosen = [arms.parse(text, options.granularity, options.temperature) for text in options.compare.split(",")]
+        except ValueError as error:
+            parser.error(f"argument --compare: {error}")
+        if len({arm.name for arm in chosen}) != len(chosen):
+            parser.error(f"argument --compare: expected different arms, got {options.compare!r}")
+        options.compare = chosen
     missing = [name for name in REQUIRED if find_spec(name) is None]
     if missing:
         sys.exit(f"The demo needs {', '.join(missing)}: pip install gradvac_kernels[demo]")
 
-    from . import experiment, plots, report  # these import what may have been missing
+    from . import comparison, experiment, plots, report  # these import what may have been missing
 
     try:
-        setting = experiment.make_setting(options)
+        setting = experiment.make_setting(options, options.temperature)
     except ValueError as error:
         parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
-    results = {
-        "arguments": {name: str(value) if name == "output" else value for name, value in vars(options).items()},
-        "versions": env.report() | {name: importlib.metadata.version(name) for name in REQUIRED},
-        **experiment.run(options, setting),
-    }
-    results["time"]["experiment_s"] = time.perf_counter() - begin
-    text = report.report(results)
-    (options.output / "report.txt").write_text(text + "\n", encoding="utf-8")
-    (options.output / "results.json").write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
-    pictures = plots.draw(results, options.output)
-    print(f"\n{text}\n\n{', '.join(['report.txt', 'results.json', *pictures])}: in {options.output}")
+    found = experiment.compare(options) if options.compare else experiment.run(options, setting)
+    results = {"arguments": _plain(options), "versions": _versions(), **found}
+    results["experiment_s"] = time.perf_counter() - begin
+    name = "comparison" if options.compare else "results"
+    text = (comparison if options.compare else report).report(results)
+    written = [f"{name.replace('results', 'report')}.txt", f"{name}.json"]
+    (options.output / written[0]).write_text(text + "\n", encoding="utf-8")
+    (options.output / written[1]).write_text(json.dumps(results, indent=1, allow_nan=False), encoding="utf-8")
+    if not options.compare:
+        written += ["similarity.csv", *plots.draw(results, options.output)]
+    print(f"\n{text}\n\n{', '.join(written)}: in {options.output}")
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as JSON has them."""
+    values = vars(options) | {"output": str(options.output)}
+    return values | {"compare": [arm.name for arm in options.compare or ()]}
+
+
+def _versions() -> dict[str, Any]:
+    return env.report() | {name: importlib.metadata.version(name) for name in REQUIRED}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,7 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
         description="Train a small transformer to translate CLDR names from English, once with the plain sum of the\n"
         "languages' losses and once with their gradients vaccinated, and compare.",
         epilog=f"languages:\n{choices()}\n\nmethods:\n"
-        + "\n".join(f"  {name}: {meaning}" for name, meaning in METHODS.items()),
+        + "\n".join(f"  {name}: {meaning}" for name, meaning in arms.METHODS.items())
+        + f"\n\narms of a comparison: method[/granularity][@temperature], such as\n  {arms.COMPARISON}",
         formatter_class=_Formatter,
     )
     add = parser.add_argument
@@ -80,10 +95,10 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--vaccinated", type=_languages, help="languages whose gradients may be turned (default: the low-resource ones)"
     )
-    add("--method", choices=METHODS, default="gradvac", help="of the second arm; see below")
+    add("--method", choices=arms.METHODS, default="gradvac", help="of the second arm; see below")
     add(
         "--granularity",
-        choices=("whole_model", "enc_dec", "all_layer", "all_matrix"),
+        choices=arms.GRANULARITIES,
         default="all_layer",
         help="what is compared and turned as one",
     )
@@ -93,6 +108,17 @@ def make_parser() -> argparse.ArgumentParser:
         default="stream",
         help="gradients by language from one mixed batch, or from a pass for each language",
     )
+    add(
+        "--temperature",
+        type=_temperature,
+        help="draw languages with P proportional to pairs^(1 / temperature); without it, equal parts of all",
+    )
+    add(
+        "--compare",
+        metavar="ARMS",
+        help="instead of one method against the plain sum: these, separated by commas; see below",
+    )
+    add("--jobs", type=_positive, default=1, help="trainings of a comparison that run at the same time")
     add("--target", type=_cosine, default=0.5, help="similarity target of --method fixed")
     add("--beta", type=_fraction, default=0.01, help="weight of a new similarity in the moving target")
     add("--batch-size", type=_positive, default=16, help="names of each language in a step")
@@ -123,6 +149,13 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text}")
     return value
+
+
+def _temperature(text: str) -> float:
+    try:
+        return arms.positive(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _cosine(text: str) -> float:

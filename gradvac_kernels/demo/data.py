@@ -8,7 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from babel import localedata
+
+import gradvac_kernels as gvk
 
 KINDS = ("territories", "languages", "scripts", "currency_names")
 MAX_CHARACTERS = 24
@@ -100,19 +103,35 @@ def low_resource(train: dict[str, list[Pair]]) -> tuple[str, ...]:
     return tuple(language for language, pairs in train.items() if 2 * len(pairs) < largest)
 
 
-def batches(train: dict[str, list[Pair]], size: int, seed: int) -> Iterator[list[list[Pair]]]:
-    """Endless batches of ``size`` pairs of each language; a small language just comes round more often."""
-    return map(list, zip(*(_passes(pairs, size, f"{seed} {language}") for language, pairs in train.items())))
-
-
-def _passes(pairs: list[Pair], size: int, seed: str) -> Iterator[list[Pair]]:
-    draw = random.Random(seed)
-    queue: list[Pair] = []
+def batches(
+    train: dict[str, list[Pair]], size: int, seed: int, temperature: float | None = None
+) -> Iterator[list[list[Pair]]]:
+    """Endless batches of pairs by language: ``size`` of each, so that a small language just comes round more often; or,
+    with a temperature, as many in all, drawn by languages with ``P(i)`` proportional to ``pairs_i^(1 / temperature)``.
+    """
+    passes = [_Passes(pairs, f"{seed} {language}") for language, pairs in train.items()]
+    if temperature is None:
+        while True:
+            yield [each.take(size) for each in passes]
+    sampler = gvk.TaskSampler({language: len(pairs) for language, pairs in train.items()}, temperature, seed)
     while True:
-        while len(queue) < size:
-            queue += draw.sample(pairs, len(pairs))
-        yield queue[:size]
-        del queue[:size]
+        counts = torch.bincount(sampler.sample(size * len(train)), minlength=len(train)).tolist()
+        yield [each.take(count) for each, count in zip(passes, counts)]
+
+
+class _Passes:
+    """Pairs in a new order every time all have been taken."""
+
+    def __init__(self, pairs: list[Pair], seed: str) -> None:
+        self._pairs, self._draw = pairs, random.Random(seed)
+        self._queue: list[Pair] = []
+
+    def take(self, count: int) -> list[Pair]:
+        while len(self._queue) < count:
+            self._queue += self._draw.sample(self._pairs, len(self._pairs))
+        taken = self._queue[:count]
+        del self._queue[:count]
+        return taken
 
 
 def _is_latin(name: str) -> bool:

@@ -1,59 +1,120 @@
-"""Run the experiment: both arms from the same weights on the same batches, for each seed."""
+"""Run the experiment: all arms from the same weights and, if they draw alike, on the same batches, for each seed."""
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import starmap
+from pathlib import Path
 
-import gradvac_kernels as gvk
+import torch
+from tqdm import tqdm
 
-from . import data
-from .evaluate import translations
+from . import arms, comparison, data
+from .evaluate import chrf, translations
 from .results import Results, Runs, gather
-from .train import MakeArm, PlainSum, Setting, Vaccinated, train
+from .train import Aligned, MakeArm, PlainSum, Setting, train
 from .vocabulary import Vocabulary
+
+CONTROL_SIZE = 32  # names of each language in each of the two batches that are compared
+CONTROL_SEED = 1 << 20  # apart from the seeds of training
 
 
 def run(options: argparse.Namespace, setting: Setting) -> Results:
-    """Train and evaluate both arms as the command line says; all figures."""
+    """Train and evaluate the plain sum and one method as the command line says; all figures."""
     low = data.low_resource(setting.split.train)
     vaccinated = chosen_to_vaccinate(options, low)
+    chosen = arms.Arm(options.method, options.granularity, options.temperature)
     runs = Runs([], [])
     for seed in options.seeds:
-        method = make_method(options, vaccinated, seed)
-        arms: dict[str, MakeArm] = {
-            "plain": partial(PlainSum, setting=setting),
-            "method": partial(
-                Vaccinated, setting=setting, granularity=options.granularity, method=method, capture=options.capture
-            ),
-        }
-        records = train(arms, setting, seed)
+        made: list[Aligned] = []
+        records = train(
+            {
+                "plain": partial(PlainSum, setting=setting),
+                "method": _aligned(chosen, options, setting, vaccinated, seed, control=True, made=made),
+            },
+            setting,
+            seed,
+        )
         for name, record in records.items():
             record.names = translations(record.model, setting.vocabulary, setting.split.held_out)
             runs.arms()[name].append(record)
+        if seed == options.seeds[0]:
+            made[0].tracker.to_csv(Path(options.output) / "similarity.csv")
     return gather(setting, runs, low, vaccinated)
 
 
-def make_setting(options: argparse.Namespace) -> Setting:
-    """The data and sizes that both arms share. The split is the same for all seeds.
+def compare(options: argparse.Namespace) -> Results:
+    """Train and evaluate all arms of ``--compare``, with ``--jobs`` at a time; figures by arm."""
+    runs = [(arm, seed) for seed in options.seeds for arm in options.compare]
+    train_one = partial(_train_one, options)
+    if options.jobs == 1:
+        found = list(starmap(train_one, runs))
+    else:
+        threads = max(1, torch.get_num_threads() // options.jobs)
+        context = multiprocessing.get_context("spawn")  # a fork would inherit threads that wait for ever
+        with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (threads,)) as pool:
+            found = list(tqdm(pool.map(train_one, *zip(*runs)), total=len(runs), unit="run"))
+    by_arm: dict[str, list[comparison.Run]] = {arm.name: [] for arm in options.compare}
+    for (arm, _), run in zip(runs, found):
+        by_arm[arm.name].append(run)
+    low = data.low_resource(make_setting(options).split.train)
+    return comparison.gather(options.languages, by_arm, low, options.vaccinated or low or options.languages)
+
+
+def _train_one(options: argparse.Namespace, arm: arms.Arm, seed: int) -> comparison.Run:
+    """Train and evaluate one arm: the same seed gives the same weights and, if they draw alike, the same batches."""
+    setting = make_setting(options, arm.temperature)
+    setting.measure_every = options.steps + 1  # nothing is measured but the first step
+    vaccinated = options.vaccinated or data.low_resource(setting.split.train) or options.languages
+    make = (
+        partial(PlainSum, setting=setting) if arm.method == "sum" else _aligned(arm, options, setting, vaccinated, seed)
+    )
+    (record,) = train({arm.name: make}, setting, seed, quiet=options.jobs > 1).values()
+    names = translations(record.model, setting.vocabulary, setting.split.held_out)
+    held_out = setting.split.held_out
+    return comparison.Run(record.held_out[setting.steps], chrf(names, held_out), record.step_seconds)
+
+
+def _aligned(
+    arm: arms.Arm,
+    options: argparse.Namespace,
+    setting: Setting,
+    vaccinated: Sequence[str],
+    seed: int,
+    control: bool = False,
+    made: list[Aligned] | None = None,
+) -> MakeArm:
+    """Makes the arm for a model; ``made`` gets it too."""
+
+    def make(model: object) -> Aligned:
+        others = data.batches(setting.split.train, CONTROL_SIZE, CONTROL_SEED + seed) if control else None
+        method = arms.make_method(arm, options, vaccinated, seed)
+        aligned = Aligned(model, setting, arm.granularity, method, options.capture, others)  # type: ignore[arg-type]
+        if made is not None:
+            made.append(aligned)
+        return aligned
+
+    return make
+
+
+def make_setting(options: argparse.Namespace, temperature: float | None = None) -> Setting:
+    """The data and sizes that all arms share. The split is the same for all seeds.
 
     Raises:
         ValueError: a language is left without names to train on, or to hold out.
     """
     split = data.split(options.languages, options.held_out)
     vocabulary = Vocabulary(options.languages, (pair for pairs in split.train.values() for pair in pairs))
-    return Setting(split, vocabulary, options.steps, options.batch_size, options.measure_every)
+    return Setting(split, vocabulary, options.steps, options.batch_size, options.measure_every, temperature)
 
 
 def chosen_to_vaccinate(options: argparse.Namespace, low: tuple[str, ...]) -> tuple[str, ...]:
-    """The languages whose gradients may be turned: those asked for, or the low-resource ones, or, without any, all."""
-    if options.method == "sum":
+    """The languages whose gradients may be turned: those asked for, or the low-resource ones, or, without any, all;
+    none where the method turns nothing."""
+    if options.method not in arms.TURNING:
         return ()
     return tuple(options.vaccinated or low or options.languages)
-
-
-def make_method(options: argparse.Namespace, vaccinated: tuple[str, ...], seed: int) -> gvk.GradVac:
-    """The method of the second arm. PCGrad is the constant target 0, the plain sum an empty set to vaccinate."""
-    target = {"pcgrad": 0.0, "fixed": options.target}.get(options.method)
-    ids = [options.languages.index(language) for language in vaccinated]
-    return gvk.GradVac(beta=options.beta, vaccinated=ids, target=target, seed=seed)

@@ -20,11 +20,15 @@ def draw(results: Results, folder: Path) -> list[str]:
     """All pictures, as PNG files in ``folder``; their names."""
     pictures = {
         "similarity.png": similarity,
+        "control.png": control,
         "similarity_by_layer.png": similarity_by_layer,
         "encoder_decoder.png": encoder_decoder,
         "activity.png": activity,
+        "weights.png": weights,
         "loss.png": loss,
     }
+    if not results["activity"]["measured_pairs"]:
+        del pictures["activity.png"]  # the method turns none
     if not {"encoder", "decoder"} <= {encoder_or_decoder(layer) for layer in results["cosine"]["parallel"]["layers"]}:
         del pictures["encoder_decoder.png"]  # the whole model is one group
     for name, picture in pictures.items():
@@ -44,6 +48,28 @@ def similarity(results: Results) -> Figure:
         f"mean cosine {_said(cosine['within'])} within families, {_said(cosine['across'])} across; "
         f"same held-out things, from step {cosine['averaged_from_step']} on; * low-resource",
     )
+
+
+def control(results: Results) -> Figure:
+    """Two batches that share no draw: a language against itself on the diagonal, against the others beside it."""
+    found, languages = results["control"], results["languages"].values()
+    matrix = np.array(found["matrix"], dtype=float)
+    return plots.heatmap(
+        matrix,
+        [f"{one['name']}{'*' * one['low_resource']}" for one in languages],
+        families=[one["family"] for one in languages],
+        control=matrix.diagonal(),
+        label="cosine of the gradients of two batches, whole model",
+        title="Two independent batches of every language\n"
+        f"mean cosine {_said(found['within_language'])} of a language with itself, "
+        f"{_said(found['across_languages'])} with others; from step {found['averaged_from_step']} on; * low-resource",
+    )
+
+
+def weights(results: Results) -> Figure:
+    """What each language's gradient weighs in the update, in the mean over the groups."""
+    found = results["weights"]
+    return plots.weights(range(1, len(found) + 1), found, list(results["languages"]), smooth=SMOOTHING)
 
 
 def similarity_by_layer(results: Results) -> Figure:

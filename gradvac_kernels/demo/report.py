@@ -49,12 +49,18 @@ def table(results: Results) -> str:
 def similarity(results: Results) -> str:
     """Whether languages of a family pull the model the same way."""
     parallel, batch = results["cosine"]["parallel"], results["cosine"]["batch"]
+    control = results["control"]
+    count = len(results["languages"])
     return (
         f"Cosine of two languages' gradients (whole model, mean from step {parallel['averaged_from_step']} on): "
         f"{_plain(parallel['within'])} within a family and {_plain(parallel['across'])} across families on the same "
         f"held-out things, {_plain(batch['within'])} and {_plain(batch['across'])} in the training batches, each of "
         f"other things. The most similar language (same things) is of the same family for "
-        f"{parallel['nearest_in_family']} of {parallel['with_relatives']} languages."
+        f"{parallel['nearest_in_family']} of {parallel['with_relatives']} languages. Between two batches that share no "
+        f"draw: {_plain(control['within_language'])} of a language with itself (at least "
+        f"{_plain(control['smallest_within'])}), {_plain(control['across_languages'])} with another one (at most "
+        f"{_plain(control['largest_across'])}); {control['above_all_others']} of {count} languages are more similar to "
+        f"themselves than to any other."
     )
 
 
@@ -62,7 +68,7 @@ def activity(results: Results) -> str:
     """How often the method acted."""
     found, method = results["activity"], results["arguments"]["method"]
     if not found["measured_pairs"]:
-        return f"{method}: no language was vaccinated, so no pair was measured and none was turned."
+        return f"{method}: no pair was measured and none was turned."
     return (
         f"{method} turned {_percent(found['turned'])} of {found['measured_pairs']} measured pairs (similarity below "
         f"target); PCGrad's condition, similarity below 0, held for {_percent(found['conflicting'])} of them."
@@ -79,7 +85,8 @@ def cost(results: Results) -> str:
     return (
         f"A step took {time['method_step_ms']:.0f} ms (median), {time['step_ratio']:.2f} times the "
         f"{time['plain_step_ms']:.0f} ms of a plain-sum step: {ways[results['arguments']['capture']]}. Comparing and "
-        f"turning the gradients takes {time['aggregation_ms']:.1f} ms of it."
+        f"turning the gradients takes {time['aggregation_ms']:.1f} ms of it, following their similarity "
+        f"{time['tracker_ms']:.2f} ms ({100 * time['tracker_ms'] / time['method_step_ms']:.2f} %)."
     )
 
 

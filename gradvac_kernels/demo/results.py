@@ -39,6 +39,8 @@ def gather(setting: Setting, runs: Runs, low: Sequence[str], vaccinated: Sequenc
             "parallel": _cosine(setting, runs.method, "parallel_cosines"),
             "batch": _cosine(setting, runs.method, "batch_cosines"),
         },
+        "control": _control(setting, runs.method),
+        "weights": np.mean([record.weights for record in runs.method], axis=0).tolist(),  # [steps, T]
         "time": _time(runs),
         "curves": _curves(runs),
     }
@@ -113,6 +115,28 @@ def _matrix(cosine: torch.Tensor) -> list[list[float | None]]:
     return [[_number(value) for value in row] for row in cosine.tolist()]
 
 
+def _control(setting: Setting, records: list[Record]) -> Results:
+    """Two batches that share no draw: the cosine of a language with itself, and with every other one."""
+    steps = list(records[0].control_cosines)
+    begin = min(warm_up_steps(setting.steps), steps[-1])
+    by_step = torch.stack(
+        [record.control_cosines[step] for record in records for step in steps if step >= begin]
+    )  # [seeds x steps, T, T]
+    mean = by_step.nanmean(0)
+    mean = (mean + mean.T) / 2
+    own = torch.eye(len(mean), dtype=torch.bool)
+    others, apart = mean[~own], mean.masked_fill(own, -2.0)
+    return {
+        "averaged_from_step": begin,
+        "matrix": [[_number(value) for value in row] for row in mean.tolist()],
+        "within_language": _number(float(mean.diagonal().nanmean())),
+        "across_languages": _number(float(others.nanmean())),
+        "largest_across": _number(float(others.max())),
+        "smallest_within": _number(float(mean.diagonal().min())),
+        "above_all_others": int((mean.diagonal() > apart.amax(1)).sum()),
+    }
+
+
 def _families(cosine: torch.Tensor, families: Sequence[str]) -> dict[str, float | None]:
     within, across = similarity.within_and_across(cosine, families)
     return {"within": _number(within), "across": _number(across)}
@@ -121,7 +145,9 @@ def _families(cosine: torch.Tensor, families: Sequence[str]) -> dict[str, float 
 def _time(runs: Runs) -> dict[str, float]:
     plain = np.median([second for record in runs.plain for second in record.step_seconds])
     step = np.median([second for record in runs.method for second in record.step_seconds])
+    tracker = np.median([second for record in runs.method for second in record.tracker_seconds])
     return {
+        "tracker_ms": 1e3 * float(tracker),
         "plain_step_ms": 1e3 * float(plain),
         "method_step_ms": 1e3 * float(step),
         "step_ratio": float(step / plain),
@@ -133,7 +159,8 @@ def _time(runs: Runs) -> dict[str, float]:
 def _curves(runs: Runs) -> Results:
     return {
         arm: {
-            "train_loss": np.mean([record.losses for record in records], axis=0).tolist(),  # [steps, T]
+            # [steps, T]; with a temperature a language may be missing, and its last loss stands
+            "train_loss": _filled(np.mean([record.losses for record in records], axis=0)).tolist(),
             "held_out_loss": {
                 step: np.mean([record.held_out[step] for record in records], axis=0).tolist()
                 for step in records[0].held_out
@@ -141,6 +168,16 @@ def _curves(runs: Runs) -> Results:
         }
         for arm, records in runs.arms().items()
     }
+
+
+def _filled(losses: np.ndarray) -> np.ndarray:
+    """Without NaN: the value of the step before, or at the beginning the first one."""
+    for column in losses.T:
+        known = np.flatnonzero(~np.isnan(column))
+        if len(known):
+            last = np.maximum.accumulate(np.where(np.isnan(column), -1, np.arange(len(column))))
+            column[:] = column[np.where(last < 0, known[0], last)]
+    return losses
 
 
 def _shares(records: list[Record], axes: tuple[int, ...]) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
-"""Train the arms of the experiment: the plain sum of the languages' losses, and their gradients vaccinated."""
+"""Train the arms of the experiment: the plain sum of the losses, and gradients by language made one by a method."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import gradvac_kernels as gvk
+from gradvac_kernels import methods
 
 from . import data, similarity
 from .evaluate import held_out_losses
@@ -30,6 +31,7 @@ class Setting:
     steps: int
     batch_size: int
     measure_every: int
+    temperature: float | None = None  # of sampling; None: equal parts
 
     @property
     def languages(self) -> list[str]:
@@ -46,12 +48,15 @@ class Record:
     step_seconds: list[float] = field(default_factory=list)
     apply_seconds: list[float] = field(default_factory=list)
     names: dict[str, list[str]] = field(default_factory=dict)  # by language, what the trained model wrote
+    weights: list[list[float]] = field(default_factory=list)  # [steps, T], the mean over the groups
+    tracker_seconds: list[float] = field(default_factory=list)
     layers: tuple[str, ...] = ()
     batch_cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # steps done -> [L, T, T] of the layers
     parallel_cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # the same, on the same held-out things
-    measured: list[list[int]] = field(default_factory=list)  # [steps, T], the pairs that a language was measured in
-    turned: list[list[int]] = field(default_factory=list)  # [steps, T], of these, similarity below the target
-    conflicting: list[list[int]] = field(default_factory=list)  # [steps, T], of these, similarity below zero
+    control_cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # steps done -> [T, T], two batches
+    measured: list[list[float]] = field(default_factory=list)  # [steps, T], the pairs that a language was measured in
+    turned: list[list[float]] = field(default_factory=list)  # [steps, T], of these, similarity below the target
+    conflicting: list[list[float]] = field(default_factory=list)  # [steps, T], of these, similarity below zero
 
 
 class Arm(Protocol):
@@ -71,90 +76,168 @@ class PlainSum:
         self._model, self._setting = model, setting
 
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
-        losses = mean_losses(self._model, mixed(self._setting, batches), len(batches))
+        losses, means = split_losses(self._setting, self._model, *mixed(self._setting, batches))
         losses.sum().backward()
-        return losses.detach(), 0.0
+        return means, 0.0
 
 
-class Vaccinated:
+class Aligned:
     """Each language's gradients, and the update from them by a method of this package.
 
     Args:
         capture: how to get at the gradients: ``"stream"``, all from the backward of one mixed batch, or ``"buffer"``,
             one backward a language.
+        control: besides the batches, measure two others of names of the same languages.
     """
 
     def __init__(
-        self, model: Translator, setting: Setting, granularity: str, method: gvk.GradVac, capture: str = "stream"
+        self,
+        model: Translator,
+        setting: Setting,
+        granularity: str,
+        method: methods.Method,
+        capture: str = "stream",
+        control: Iterator[list[list[data.Pair]]] | None = None,
     ) -> None:
-        self._model, self._setting, self._capture = model, setting, capture
+        self._model, self._setting, self._capture, self._control = model, setting, capture, control
         self._tasks = gvk.TaskGradients(model, setting.languages, granularity=granularity, method=method)
         self._probe = [pairs[:PROBE] for pairs in setting.split.held_out.values()]
+        self.tracker = gvk.SimilarityTracker(self._tasks.groups, self._tasks.tasks, window=setting.measure_every)
 
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
         step = len(record.losses)
         measuring = 0.0
         if measure:  # on the same things in all languages: which names a batch happens to hold is most of its noise
             begin = time.perf_counter()
-            self._backward(self._probe, keep=True)
-            record.parallel_cosines[step] = self._cosines(record)
-            self._tasks.discard()
+            record.parallel_cosines[step] = self._cosines(record, self._collect(self._probe))
+            if self._control is not None:
+                record.control_cosines[step] = self._control_cosines()
             measuring += time.perf_counter() - begin
         losses = self._backward(batches, keep=measure)
         if measure:
             begin = time.perf_counter()
-            record.batch_cosines[step] = self._cosines(record)
+            if len(self._tasks.task_ids) == len(batches):
+                record.batch_cosines[step] = self._cosines(record, self._tasks.grads)
             measuring += time.perf_counter() - begin
         if self._tasks.task_ids:  # kept
             begin = time.perf_counter()
             self._tasks.apply()
             record.apply_seconds.append(time.perf_counter() - begin)
-        found = self._tasks.last
+        found, ids = self._tasks.last, self._tasks.last_task_ids
         assert found is not None
-        # Rows are the tasks in their order: every step has all of them.
-        record.measured.append((~found.similarity.isnan()).sum((0, 2)).tolist())
-        record.turned.append(found.corrected.sum((0, 2)).tolist())
-        record.conflicting.append((found.similarity < 0).sum((0, 2)).tolist())
+        begin = time.perf_counter()
+        self.tracker.update(found, ids)
+        record.tracker_seconds.append(time.perf_counter() - begin)
+        for counts, shown in (
+            (record.measured, ~found.similarity.isnan()),
+            (record.turned, found.corrected),
+            (record.conflicting, found.similarity < 0),
+        ):
+            if isinstance(self._tasks.method, gvk.GradVac):
+                counts.append(_by_task(shown.sum((0, 2)), ids, len(batches)))
+            else:  # no pair is met
+                counts.append([0] * len(batches))
+        record.weights.append(_by_task(found.weights.mean(0), ids, len(batches)))
         return losses, measuring
 
-    def _backward(self, batches: list[list[data.Pair]], keep: bool) -> torch.Tensor:
+    def _backward(self, batches: list[list[data.Pair]], keep: bool = False) -> torch.Tensor:
+        """Capture the gradients; each language's loss ``[T]`` in nats a character, NaN where there are no names."""
         if self._capture == "stream":
-            batch, counts = mixed(self._setting, batches), torch.tensor([len(pairs) for pairs in batches])
-            with self._tasks.batch(torch.arange(len(batches)).repeat_interleave(counts), keep=keep):
-                losses = mean_losses(self._model, batch, len(batches))
+            batch, language = mixed(self._setting, batches)
+            with self._tasks.batch(language, keep=keep):
+                losses, means = split_losses(self._setting, self._model, batch, language)
+                self._tasks.report_losses(means)
                 losses.sum().backward()
-            return losses.detach()
+            return means
+        every = _characters(batches)
         each = []
-        for language, pairs in zip(self._setting.languages, batches):
-            batch = self._setting.vocabulary.batch([(language, pair) for pair in pairs])
-            with self._tasks.task(language):
-                loss = mean_loss(self._model, batch)
-                loss.backward()
-            each.append(loss.detach())
+        for name, pairs in zip(self._setting.languages, batches):
+            if not pairs:
+                each.append(torch.tensor(torch.nan))
+                continue
+            batch = self._setting.vocabulary.batch([(name, pair) for pair in pairs])
+            with self._tasks.task(name):
+                mean = mean_loss(self._model, batch)
+                share = 1.0 if self._setting.temperature is None else len(batches) * _characters([pairs]) / every
+                (share * mean).backward()
+            each.append(mean.detach())
+        self._tasks.report_losses(torch.stack(each))
         return torch.stack(each)
 
-    def _cosines(self, record: Record) -> torch.Tensor:
-        gram = gvk.gram(self._tasks.grads, self._tasks.groups)  # [K, T, T], of the gradients before they are turned
+    def _collect(self, batches: list[list[data.Pair]]) -> torch.Tensor:
+        """``[T, P]``: gradients of the mean loss of each language, in memory of their own, and nothing else is done."""
+        batch, language = mixed(self._setting, batches)
+        with self._tasks.batch(language, keep=True):
+            mean_losses(self._model, batch, language, len(batches)).sum().backward()
+        grads = self._tasks.grads.clone()
+        self._tasks.discard()
+        return grads
+
+    def _cosines(self, record: Record, grads: torch.Tensor) -> torch.Tensor:
+        gram = gvk.gram(grads, self._tasks.groups)  # [K, T, T], of the gradients before they are turned
         record.layers, cosines = similarity.by_layer(gram, self._tasks.groups.names)
         return cosines
 
+    def _control_cosines(self) -> torch.Tensor:
+        """``[T, T]``, whole model: cosines between the gradients of two batches that share no draw; on the diagonal,
+        those of one language with itself."""
+        assert self._control is not None
+        a, b = (self._collect(next(self._control)) for _ in range(2))
+        products = gvk.cross_gram(a, b, self._tasks.groups).sum(0)
+        norms = [gvk.gram(each, self._tasks.groups).sum(0).diagonal().sqrt() for each in (a, b)]
+        return products / (norms[0][:, None] * norms[1])
 
-def mixed(setting: Setting, batches: list[list[data.Pair]]) -> Batch:
-    """One batch of all languages, one after the other."""
-    return setting.vocabulary.batch(
+
+def _by_task(values: torch.Tensor, ids: Sequence[int], count: int) -> list[float]:
+    """Of all languages, 0 for those that were not there."""
+    found = values.new_zeros(count)
+    found[list(ids)] = values
+    return found.tolist()
+
+
+def mixed(setting: Setting, batches: list[list[data.Pair]]) -> tuple[Batch, torch.Tensor]:
+    """One batch of all languages, one after the other, and the language of each sample ``[B]``."""
+    counts = torch.tensor([len(pairs) for pairs in batches])
+    batch = setting.vocabulary.batch(
         [(language, pair) for language, pairs in zip(setting.languages, batches) for pair in pairs]
     )
+    return batch, torch.arange(len(batches)).repeat_interleave(counts)
 
 
-def mean_losses(model: Translator, batch: Batch, languages: int) -> torch.Tensor:
-    """Each language's mean negative log-likelihood of a character ``[T]``, in nats, of a mixed batch of equal parts."""
-    characters = (batch.target != PAD).view(languages, -1).sum(1)  # [T]
-    return model.losses(batch).view(languages, -1).sum(1) / characters
+def mean_losses(model: Translator, batch: Batch, language: torch.Tensor, languages: int) -> torch.Tensor:
+    """Each language's mean negative log-likelihood of a character ``[T]``, in nats; NaN without names."""
+    characters = _sum_by(language, (batch.target != PAD).sum(1), languages)
+    return _sum_by(language, model.losses(batch).sum(1), languages) / characters
+
+
+def split_losses(
+    setting: Setting, model: Translator, batch: Batch, language: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each language adds to the loss to be minimised ``[T]``, and its mean in nats a character (detached).
+
+    Batches of equal parts: the mean of each language. With a temperature a language's part is as large as its share of
+    the characters, or drawing it more often would do nothing.
+    """
+    characters = _sum_by(language, (batch.target != PAD).sum(1), len(setting.languages))
+    sums = _sum_by(language, model.losses(batch).sum(1), len(setting.languages))
+    means = (sums / characters).detach()
+    if setting.temperature is None:
+        return sums / characters, means
+    return sums * (len(characters) / characters.sum()), means
 
 
 def mean_loss(model: Translator, batch: Batch) -> torch.Tensor:
     """The mean negative log-likelihood of a character, in nats."""
     return model.losses(batch).sum() / (batch.target != PAD).sum()
+
+
+def _sum_by(language: torch.Tensor, values: torch.Tensor, languages: int) -> torch.Tensor:
+    return values.new_zeros(languages).index_add(0, language, values)
+
+
+def _characters(batches: list[list[data.Pair]]) -> int:
+    """With the end of each name."""
+    return sum(len(pair.name) + 1 for pairs in batches for pair in pairs)
 
 
 class Trainee:
@@ -166,7 +249,7 @@ class Trainee:
         self.record = Record(model)
         self._setting, self._arm = setting, make_arm(model)
         self._optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: _rate(step, setting.steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: rate(step, setting.steps))
 
     def step(self, batches: list[list[data.Pair]]) -> float:
         """Train on a batch of each language; their mean loss."""
@@ -177,7 +260,7 @@ class Trainee:
         self._schedule.step()
         record.step_seconds.append(time.perf_counter() - begin - measuring)
         record.losses.append(losses.tolist())
-        return float(losses.mean())
+        return float(losses.nanmean())
 
     def evaluate(self) -> None:
         """Note the held-out losses of now."""
@@ -185,12 +268,12 @@ class Trainee:
         self.record.held_out[len(self.record.losses)] = held_out_losses(self.record.model, vocabulary, pairs)
 
 
-def train(arms: Mapping[str, MakeArm], setting: Setting, seed: int) -> dict[str, Record]:
+def train(arms: Mapping[str, MakeArm], setting: Setting, seed: int, quiet: bool = False) -> dict[str, Record]:
     """Train all arms from the same weights on the same batches, in turns: a busy machine slows all of them alike."""
     trainees = {name: Trainee(make_arm, setting, seed) for name, make_arm in arms.items()}
     evaluated = {round(setting.steps * part / 6) for part in range(1, 7)}
-    batches = data.batches(setting.split.train, setting.batch_size, seed)
-    progress = tqdm(range(1, setting.steps + 1), desc=f"seed {seed}", unit="step")
+    batches = data.batches(setting.split.train, setting.batch_size, seed, setting.temperature)
+    progress = tqdm(range(1, setting.steps + 1), desc=f"seed {seed}", unit="step", disable=quiet)
     for step, batch in zip(progress, batches):
         losses = {name: trainee.step(batch) for name, trainee in trainees.items()}
         progress.set_postfix({name: f"{loss:.3f}" for name, loss in losses.items()}, refresh=False)
@@ -205,7 +288,7 @@ def warm_up_steps(steps: int) -> int:
     return min(40, max(1, steps // 4))
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
     """Factor on the learning rate: up in a straight line, then down in one."""
     warm_up = warm_up_steps(steps)
     return min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
