@@ -177,6 +177,9 @@ def flatten(
         checks.check_dtype(first.dtype if dtype is None else dtype)
         out = first.new_zeros(groups.numel, dtype=dtype)
     _check_flat("out", out, groups)
+    for index, tensor in enumerate(listed):
+        if tensor is not None:
+            _check_same(f"tensors[{index}]", "device", tensor.device, out.device)
     with torch.no_grad():
         for view, tensor in zip(views(out, groups), listed):
             if tensor is None:

@@ -189,7 +189,8 @@ def _check_parameters(
         if not listed[name]:
             raise ValueError(f"{name}: expected at least one tensor, got none")
         for index, tensor in enumerate(listed[name]):
-            checks.check_is_tensor(f"{name}[{index}]", 0 if tensor is None else tensor)
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name}[{index}]: expected a tensor, got {type(tensor).__name__}")
             if not (tensor.is_leaf and tensor.requires_grad):
                 raise ValueError(f"{name}[{index}]: expected a leaf that requires grad, got one that is not")
             if id(tensor) in seen:

@@ -154,6 +154,7 @@ def test_autograd_goes_through_views():
 
 MODEL = network()
 LAYOUT = gvk.ParameterGroups.from_model(MODEL)
+OUT = torch.full((LAYOUT.numel,), 7.0)
 BAD_PARAMETERS = {
     "no slots": (lambda: flat.parameters(MODEL, GROUPS), ValueError, "groups: expected groups of a model's parameters"),
     "no model": (lambda: flat.parameters(3, LAYOUT), TypeError, "model: expected a sequence of tensors, got int"),
@@ -177,6 +178,11 @@ BAD_PARAMETERS = {
         ValueError,
         r"tensors\[1\]: expected shape \[4\], got \[3\]",
     ),
+    "elsewhere": (
+        lambda: flat.flatten([None, torch.ones(4, device="meta"), None, None, None], LAYOUT, out=OUT),
+        ValueError,
+        r"tensors\[1\]: expected device cpu, got meta",
+    ),
     "a small out": (
         lambda: flat.flatten([None] * 5, LAYOUT, out=torch.ones(3)),
         ValueError,
@@ -196,3 +202,4 @@ def test_bad_parameters(case):
     call, error, message = BAD_PARAMETERS[case]
     with pytest.raises(error, match=message):
         call()
+    assert bool((OUT == 7).all())

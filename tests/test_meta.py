@@ -335,7 +335,7 @@ BAD = {
     "theta a tensor": ({"theta": MODEL.first.weight}, TypeError, "theta: expected tensors, got Parameter"),
     "theta empty": ({"theta": []}, ValueError, "theta: expected at least one tensor, got none"),
     "a number": ({"phi": [1.0]}, TypeError, r"phi\[0\]: expected a tensor, got float"),
-    "None": ({"phi": [None]}, TypeError, r"phi\[0\]: expected a tensor, got"),
+    "None": ({"phi": [None]}, TypeError, r"phi\[0\]: expected a tensor, got NoneType"),
     "frozen": ({"phi": [torch.ones(2)]}, ValueError, r"phi\[0\]: expected a leaf that requires grad"),
     "no leaf": ({"theta": [MODEL.first.weight * 1]}, ValueError, r"theta\[0\]: expected a leaf that requires grad"),
     "twice": ({"theta": [*MODEL.theta(), MODEL.first.weight]}, ValueError, r"theta\[6\]: expected every tensor once"),

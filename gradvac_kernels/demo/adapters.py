@@ -81,41 +81,45 @@ def report(setting: Setting, records: Mapping[int, Mapping[str, Record]], second
     """
     from babel import Locale
 
-    losses = {
+    losses = {  # [2, seeds] by language
         language: [[record[arm].held_out[language] for record in records.values()] for arm in ARMS]
         for language in setting.languages
     }
-    losses["mean"] = [[mean(column) for column in zip(*part)] for part in zip(*losses.values())]
-    lines = [f"{'':16}{'names':>6} |{'joint':>9}{'meta':>9}{'difference':>16}"]
-    rule = "-" * len(lines[0])
-    better = 0
-    for language, (joint, learned) in losses.items():
-        differences = [after - before for before, after in zip(joint, learned)]
-        spread = f" ± {stdev(differences):.3f}" if len(differences) > 1 else ""
-        whole = language == "mean"
-        pairs = "" if whole else len(setting.train[language]) + len(setting.validation[language])
-        name = "mean" if whole else f"{language:4}{Locale.parse(language).english_name}"
-        better += not whole and round(mean(differences), 3) < 0
-        lines += [rule] * (whole or len(lines) == 1)
-        lines += [
-            f"{name:16}{pairs:6} |{mean(joint):9.3f}{mean(learned):9.3f}{f'{mean(differences):+.3f}{spread}':>16}"
-        ]
+    average = [[mean(seed) for seed in zip(*arm)] for arm in zip(*losses.values())]
+    header = f"{'':16}{'names':>6} |{'joint':>9}{'meta':>9}{'difference':>16}"
+    rule = "-" * len(header)
+    rows = [
+        _row(
+            f"{code:4}{Locale.parse(code).english_name}",
+            str(len(setting.train[code] + setting.validation[code])),
+            *loss,
+        )
+        for code, loss in losses.items()
+    ]
+    better = sum(round(mean(learned) - mean(joint), 3) < 0 for joint, learned in losses.values())
     joint_ms, meta_ms = (median(record[arm].step_ms for record in records.values()) for arm in ARMS)
-    seeds = ", ".join(map(str, records))
+    one, seeds = len(records) == 1, ", ".join(map(str, records))
     notes = [
         "Held-out loss in nats a character, less is better; difference: meta minus joint, "
-        + (f"mean and standard deviation over the seeds {seeds}." if len(records) > 1 else f"seed {seeds}."),
-        f"Meta-learned adapters are better for {better} of {len(setting.languages)} languages. "
+        + (f"seed {seeds}." if one else f"mean and standard deviation over the seeds {seeds}."),
+        f"Meta-learned adapters are better for {better} of {len(losses)} languages. "
         + (
             "This is one seed: another may change these differences, their signs included."
-            if len(records) == 1
-            else "A mean difference within its standard deviation over the seeds is noise."
+            if one
+            else "Differences of about their standard deviation over so few seeds may be noise."
         ),
         "The arms differ in more than the method: a meta-learned adapter takes a step only when its language is drawn, "
         "and learns from the names set aside; the joint arm trains everything on all names in every step. A step took "
         f"{joint_ms:.0f} ms jointly and {meta_ms:.0f} ms with a meta-step (median); all of it {seconds:.0f} s.",
     ]
-    return "\n".join([*lines, "", *(textwrap.fill(note, WIDTH) for note in notes)])
+    table = [header, rule, *rows, rule, _row("mean", "", *average)]
+    return "\n".join([*table, "", *(textwrap.fill(note, WIDTH) for note in notes)])
+
+
+def _row(name: str, pairs: str, joint: Sequence[float], learned: Sequence[float]) -> str:
+    differences = [after - before for before, after in zip(joint, learned)]
+    spread = f" ± {stdev(differences):.3f}" if len(differences) > 1 else ""
+    return f"{name:16}{pairs:>6} |{mean(joint):9.3f}{mean(learned):9.3f}{f'{mean(differences):+.3f}{spread}':>16}"
 
 
 def _share(text: str) -> float:
