@@ -18,7 +18,7 @@ pytest.importorskip("tqdm")
 from babel import localedata
 
 from gradvac_kernels import GradVac
-from gradvac_kernels.demo import data, experiment, report, similarity
+from gradvac_kernels.demo import arms, comparison, data, experiment, report, similarity
 from gradvac_kernels.demo.languages import DEFAULT, FAMILY_OF
 from gradvac_kernels.demo.model import Translator
 from gradvac_kernels.demo.train import Aligned, PlainSum, mean_loss, train
@@ -96,6 +96,17 @@ def test_every_language_comes_in_every_batch_and_whole_passes(split):
     count = len(split.train["oc"])
     assert sorted(passed[:count]) == sorted(split.train["oc"])
     assert passed[count : 2 * count] != passed[:count]
+
+
+def test_a_temperature_draws_languages_by_their_size(split):
+    sizes = torch.tensor([len(pairs) for pairs in split.train.values()], dtype=torch.float64)
+    for temperature in (1.0, 5.0):
+        source = data.batches(split.train, 16, seed=0, temperature=temperature)
+        counts = torch.tensor([[len(pairs) for pairs in next(source)] for _ in range(200)], dtype=torch.float64)
+        assert bool((counts.sum(1) == 16 * len(DEFAULT)).all())
+        share = sizes ** (1 / temperature) / (sizes ** (1 / temperature)).sum()
+        # 38,400 draws: a share p has the standard deviation sqrt(p (1 - p) / 38400) < 0.002
+        assert torch.allclose(counts.mean(0) / counts[0].sum(), share, rtol=0, atol=5 * 0.002)
 
 
 def test_split_without_enough_names_is_refused():
@@ -189,6 +200,53 @@ def test_measured_cosines_are_those_of_the_losses(capture):
         torch.testing.assert_close(layer, unit @ unit.T, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("capture", ["stream", "buffer"])
+@pytest.mark.parametrize("method", arms.METHODS)
+def test_every_method_trains_with_any_sampling(method, capture):
+    shared = setting(steps=2)
+    shared.temperature = 1.0
+    shared.batch_size = 1  # some languages are missing from some batches
+    options = Namespace(languages=list(SMALL), beta=0.1, target=0.5)
+    chosen = arms.Arm(method, "all_layer", 1.0)
+
+    def make(model):
+        return Aligned(model, shared, "all_layer", arms.make_method(chosen, options, SMALL, 0), capture)
+
+    records = train({"method": make, "plain": lambda model: PlainSum(model, shared)}, shared, seed=0)
+    counts = [list(map(len, batch)) for batch, _ in zip(data.batches(shared.split.train, 1, 0, 1.0), range(2))]
+    assert any(0 in row for row in counts)
+    for record in records.values():
+        assert [[math.isnan(loss) for loss in row] for row in record.losses] == [
+            [n == 0 for n in row] for row in counts
+        ]
+    assert records["method"].losses[0] == pytest.approx(records["plain"].losses[0], rel=1e-5, nan_ok=True)
+    if method == "sum":
+        assert records["method"].losses[1] == pytest.approx(records["plain"].losses[1], rel=1e-4, nan_ok=True)
+    assert [[weight == 0 for weight in row] for row in records["method"].weights] == [
+        [n == 0 for n in row] for row in counts
+    ]
+
+
+def test_the_control_compares_two_batches():
+    shared = setting(steps=1)
+    arm = {
+        "method": lambda model: Aligned(
+            model, shared, "all_layer", GradVac(), control=data.batches(shared.split.train, 8, seed=7)
+        )
+    }
+    (record,) = train(arm, shared, seed=0).values()
+    torch.manual_seed(0)
+    model = Translator(len(shared.vocabulary))
+    source, rows = data.batches(shared.split.train, 8, seed=7), []
+    for _ in range(2):
+        for language, pairs in zip(SMALL, next(source)):
+            loss = mean_loss(model, shared.vocabulary.batch([(language, pair) for pair in pairs]))
+            gradients = torch.autograd.grad(loss, list(model.parameters()))
+            rows.append(torch.cat([gradient.flatten() for gradient in gradients]).double())
+    unit = torch.nn.functional.normalize(torch.stack(rows))
+    torch.testing.assert_close(record.control_cosines[0], unit[:4] @ unit[4:].T, rtol=0, atol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------- similarity
 
 
@@ -233,6 +291,46 @@ def test_verdict_follows_the_figures():
     assert "one seed" in text
 
 
+def test_a_comparison_says_what_exceeds_the_noise():
+    def run(loss, chrf):
+        return comparison.Run([loss, loss], [chrf, chrf], [0.1, 0.3])
+
+    runs = {
+        "sum": [run(1.0, 30.0), run(1.1, 31.0), run(1.2, 32.0)],
+        "better": [run(0.9, 30.5), run(1.0, 30.5), run(1.1001, 32.0)],
+        "noisy": [run(0.8, 30.0), run(1.4, 31.0), run(1.2, 32.1)],
+    }
+    found = comparison.gather(["da", "oc"], runs, ["oc"], ["oc"]) | {"arguments": {"seeds": [0, 1, 2]}}
+    assert found["arms"]["better"]["loss"]["low"] == [0.9, 1.0, 1.1001]
+    text = comparison.report(found)
+    assert "1.100 +- 0.100" in text  # mean and deviation of the sum
+    verdict = comparison.verdict(found)
+    assert "better better in loss, low-resource (-0.100 [-0.100, -0.100])" in verdict
+    assert "noisy" not in verdict
+    assert "chrF" not in verdict
+    one = comparison.gather(["da", "oc"], {name: found[:1] for name, found in runs.items()}, [], ["da"])
+    assert "One seed" in comparison.report(one | {"arguments": {"seeds": [0]}})
+
+
+@pytest.mark.parametrize(
+    ("text", "arm"),
+    [
+        ("sum", arms.Arm("sum", "all_layer", None)),
+        ("sum@5", arms.Arm("sum", "all_layer", 5.0)),
+        ("gradvac/whole_model@1", arms.Arm("gradvac", "whole_model", 1.0)),
+    ],
+)
+def test_arms_are_read_as_they_are_named(text, arm):
+    assert arms.parse(text, "all_layer", None) == arm
+    assert arm.name == text
+
+
+@pytest.mark.parametrize("text", ["", "adam", "gradvac/layers", "sum@0", "sum@x"])
+def test_what_is_no_arm_is_refused(text):
+    with pytest.raises(ValueError, match=r"expected|could not convert"):
+        arms.parse(text, "all_layer", None)
+
+
 # ------------------------------------------------------------------------------------------------------------- CLI
 
 
@@ -270,7 +368,7 @@ def test_cli_draws_pictures(finished):
     _, folder = finished
     pictures = list(folder.glob("*.png"))
     assert {picture.stem for picture in pictures} == {
-        *("similarity", "similarity_by_layer", "encoder_decoder", "activity", "loss")
+        *("similarity", "control", "similarity_by_layer", "encoder_decoder", "activity", "weights", "loss")
     }
     for picture in pictures:
         content = picture.read_bytes()
@@ -283,6 +381,25 @@ def test_cli_prints_the_report(finished):
     assert (folder / "report.txt").read_text(encoding="utf-8") in done.stdout
     assert "Over 2 seeds" in done.stdout
     assert "4/4" in done.stderr  # the progress bar
+
+
+def test_cli_follows_the_similarity(finished):
+    _, folder = finished
+    lines = (folder / "similarity.csv").read_text().splitlines()
+    groups = len(json.loads((folder / "results.json").read_text())["cosine"]["batch"]["layers"])
+    assert len(lines) == 1 + 2 * groups * 4 * 3  # two windows of two steps
+
+
+def test_cli_compares(tmp_path):
+    done = run_cli(
+        *("--compare", "sum,sum@5,gradvac,mgda", "--languages", ",".join(SMALL), "--steps", "2", "--seeds", "2"),
+        *("--held-out", "10", "--batch-size", "4", "--jobs", "2", "--output", str(tmp_path)),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert list(found["arms"]) == ["sum", "sum@5", "gradvac/all_layer", "mgda/all_layer"]
+    assert all(len(arm["loss"]["all"]) == 2 for arm in found["arms"].values())
+    assert (tmp_path / "comparison.txt").read_text(encoding="utf-8") in done.stdout
 
 
 def test_cli_refuses_an_unknown_language():
@@ -300,6 +417,9 @@ def test_cli_refuses_an_unknown_language():
         ["--vaccinated", "de", "--languages", "sv,da"],
         ["--target", "2"],
         ["--held-out", "5000"],
+        ["--temperature", "0"],
+        ["--compare", "sum,adam"],
+        ["--compare", "sum,sum"],
     ],
 )
 def test_cli_refuses_senseless_arguments(arguments, capsys):
