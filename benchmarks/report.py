@@ -221,14 +221,22 @@ def _pictures(path: Path) -> str:
 
 
 def demo() -> str:
-    """The committed run of the demo: its picture and its report."""
+    """The committed run of the demo, its pictures and its report; and the comparison of methods."""
     folder = Path("benchmarks") / "results" / "demo"
     if not (_ROOT / folder / "report.txt").exists():
         return ""
     report = (_ROOT / folder / "report.txt").read_text().rstrip()
     table, *notes = report.split("\n\n")
-    picture = f"![Languages clustered by the similarity of their gradients]({folder / 'similarity.png'})"
-    return "\n\n".join([picture, f"```text\n{table}\n```", *notes])
+    titles = {
+        "similarity": "Languages clustered by the similarity of their gradients",
+        "control": "Two independent batches of every language: itself on the diagonal, the others beside it",
+    }
+    pictures = [f"![{title}]({folder / name}.png)" for name, title in titles.items()]
+    parts = [*pictures, f"```text\n{table}\n```", *notes]
+    if (_ROOT / folder / "comparison.txt").exists():
+        compared = (_ROOT / folder / "comparison.txt").read_text().rstrip()
+        parts += ["**All methods**, each trained alike:", f"```text\n{compared}\n```"]
+    return "\n\n".join(parts)
 
 
 _SECTIONS = {"benchmarks": benchmarks, "demo": demo}

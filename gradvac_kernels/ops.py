@@ -316,8 +316,8 @@ def _rule(
         ema,
         float(beta),
         None if target is None else float(target),
-        _ids("task_ids", task_ids, device),
-        _ids("vaccinated", vaccinated, device),
+        as_ids("task_ids", task_ids, device),
+        as_ids("vaccinated", vaccinated, device),
         order,
         seed,
         step,
@@ -326,7 +326,8 @@ def _rule(
     )
 
 
-def _ids(name: str, ids: torch.Tensor | Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
+def as_ids(name: str, ids: torch.Tensor | Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
+    """Ids as a tensor on a device, without waiting for it."""
     if ids is None or isinstance(ids, torch.Tensor):
         return ids
     listed = checks.check_ids(name, ids)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import checks
+from . import checks, ops
 from .groups import ParameterGroups
 from .result import Vaccination
 
@@ -105,8 +105,8 @@ class SimilarityTracker:
         if task_ids is None:
             sums += measures
         else:
-            ids = torch.as_tensor(task_ids, device=sums.device)
-            sums[:, :, ids[:, None], ids] += measures
+            ids = ops.as_ids("task_ids", task_ids, sums.device)
+            sums[:, :, ids[:, None], ids] += measures  # type: ignore[index]
         self._windows[-1] = first, last + 1, sums
 
     def mean(self, measure: str, windows: slice = slice(None)) -> torch.Tensor:

@@ -63,6 +63,25 @@ def test_streamed_and_buffered_are_the_same(name, granularity):
         assert float((found.weights - found.weights.mean(1, keepdim=True)).abs().max()) > 1e-2
 
 
+@pytest.mark.parametrize("granularity", ["all_layer", "enc_dec", "whole_model"])
+def test_gram_matrices_of_matrices_add_up_to_coarser_ones(granularity):
+    torch.manual_seed(1)
+    model = torch.nn.Transformer(16, 2, 2, 2, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(3, 4, 5, 16)
+    grams = {}
+    for chosen in ("all_matrix", granularity):
+        tasks = gvk.TaskGradients(model, TASKS, chosen, methods.Sum())
+        grams[chosen] = tasks.backward({task: model(xi, xi).square().mean() for task, xi in zip(TASKS, x)}).gram
+        groups = tasks.groups
+    of_parameter = {slot.name: groups.names[slot.group] for slot in groups.parameters}
+    names = gvk.ParameterGroups.from_model(model, "all_matrix").names
+    for k, name in enumerate(groups.names):
+        parts = [grams["all_matrix"][index] for index, one in enumerate(names) if of_parameter[one] == name]
+        norm = grams[granularity][k].diagonal().sqrt()
+        # the products of float32 gradients are exact in float64; sums over up to 2^14 columns in another order
+        assert float(((sum(parts) - grams[granularity][k]) / (norm[:, None] * norm)).abs().max()) < 2**14 * 2**-53
+
+
 def test_losses_by_name_and_for_some_tasks():
     model, x, y, _ = model_and_data()
     tasks = gvk.TaskGradients(model, TASKS, method=methods.GradNorm())

@@ -145,6 +145,21 @@ def test_tensorboard_gets_the_means_over_pairs(tmp_path):
         assert event.value == pytest.approx(float(last[k][pairs].mean()), abs=1e-6)
         assert event.step == 3
     assert not any(tag.startswith("turned") for tag in read.Tags()["scalars"])
+    assert not read.Tags()["images"]
+
+
+def test_tensorboard_gets_heatmaps(tmp_path):
+    pytest.importorskip("matplotlib")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    tracker, writer = gvk.SimilarityTracker(GROUPS, TASKS), SummaryWriter(tmp_path)
+    tracker.update(gvk.gram(gradients(0), GROUPS))
+    tracker.log(writer, 7, heatmaps=True)
+    writer.close()
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert set(read.Tags()["images"]) == {f"cosine/{group}" for group in tracker.groups}
+    assert read.Images("cosine/head")[0].step == 7
 
 
 def test_a_checkpoint_continues_bit_for_bit(tmp_path):

@@ -138,8 +138,9 @@ class WeightingStep:
         both = usable[:, :, None] & usable[:, None, :]
         eye = torch.eye(num_rows, dtype=torch.bool, device=G.device)
         clean = torch.where(both, G, eye.to(G.dtype))
-        rows = torch.arange(num_rows, device=G.device) if ids is None else torch.as_tensor(ids, device=G.device)
-        measured = Measured(clean, usable, rows, slice(first, first + len(groups)))
+        given = ops.as_ids("task_ids", ids, G.device)
+        task_ids = torch.arange(num_rows, device=G.device) if given is None else given
+        measured = Measured(clean, usable, task_ids, slice(first, first + len(groups)))
         weights = self._method._weights(measured, self.state)
         self.measured.append(measured)
         left_out = torch.where(square < limits.smallest, 0.0, 1.0)  # NaN is not below
