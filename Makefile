@@ -64,7 +64,7 @@ sanitize: $(READY)
 	cd $(SANITIZED) && PYTHONPATH=$$(echo $(CURDIR)/$(SANITIZED)/lib.*) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libubsan.so)" \
 	  $(if $(VENV),$(abspath $(PY)),$(PY)) -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) -p no:cacheprovider -q -k cpu \
-	  $(addprefix $(CURDIR)/tests/,test_gram.py test_coefficients.py test_combine.py test_numerics.py test_bits.py test_order.py test_traps.py) $(ARGS)
+	  $(addprefix $(CURDIR)/tests/,test_gram.py test_cross_gram.py test_coefficients.py test_combine.py test_numerics.py test_bits.py test_order.py test_traps.py) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) gradvac_kernels/*.so demo-output

@@ -69,6 +69,15 @@ def gram_matmul_blocks(case: Case) -> Contestant:
     return Contestant(lambda grads: _gram(grads, case), tolerance(case.dtype))
 
 
+def cross_gram_matmul(case: Case) -> Contestant:
+    """``a @ b.T`` a group, of the first half of the rows and the second, in the type of the gradients."""
+    half = case.T // 2
+    return Contestant(
+        lambda grads: torch.stack([grads[:half, a:b] @ grads[half:, a:b].T for a, b in case.ranges]),
+        tolerance(case.dtype),
+    )
+
+
 def combine_matmul(case: Case) -> Contestant:
     """``w @ g`` a group, put together with ``torch.cat``."""
     weights = case.weights().to(case.dtype)

@@ -146,16 +146,19 @@ class Work:
 def work(op: str, case: Case) -> Work:
     """The work of one call.
 
+    ``cross_gram`` is that of the first half of the rows with the second.
     ``coefficients`` reads the Gram matrices, writes weights and similarities, and adds rows of G up in the worst case.
     ``vaccinate`` counts both passes over the buffer in full. Where a group stays in the cache between its two passes
     the second read is free, so there a fraction of the floor above 1 is possible.
     """
     T, P = case.T, case.P
     gram = Work(case.nbytes, P * T * (T + 1) // 2)  # G is symmetric
+    cross_gram = Work(case.nbytes, P * (T // 2) * (T - T // 2))
     combine = Work(case.nbytes + P * case.dtype.itemsize, P * T)
     entries = case.K * T * T
     solve = Work(8 * 4 * entries, entries * T)  # G, similarities, and the targets in and out
-    return {"gram": gram, "combine": combine, "coefficients": solve, "vaccinate": gram + combine}[op]
+    every = {"gram": gram, "cross_gram": cross_gram, "combine": combine, "coefficients": solve}
+    return {**every, "vaccinate": gram + combine}[op]
 
 
 def short(columns: int) -> str:

@@ -26,6 +26,7 @@ from .cases import short
 from .contest import backends
 
 _ROOT = Path(__file__).parent.parent
+_NOTES = {"cross_gram": " of one half of the T rows with the other"}
 _CEILINGS = ("streaming_read_bytes_per_s", "multiply_adds_per_s")
 
 
@@ -68,8 +69,8 @@ def markdown(results: dict[str, Any]) -> str:
         "100 % where a group is still in the cache when it is combined)."
     )
     measured = {row["op"] for row in results["rows"]}
-    ops = [op for op in ("gram", "coefficients", "combine", "vaccinate") if op in measured]
-    tables = [f"**{op}**\n\n{_table(results, op)}" for op in ops]
+    ops = [op for op in ("gram", "cross_gram", "coefficients", "combine", "vaccinate") if op in measured]
+    tables = [f"**{op}**{_NOTES.get(op, '')}\n\n{_table(results, op)}" for op in ops]
     if "step" in measured:
         tables.append(f"**A whole training step** of the demo's model\n\n{_step_table(results)}")
     if any(row.get("suite") == "scaling" for row in results["rows"]):

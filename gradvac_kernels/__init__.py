@@ -5,7 +5,7 @@ from .backends import available_backends
 from .buffer import GradientBuffer
 from .groups import ParameterGroups
 from .methods import GradVac
-from .ops import coefficients, combine, gram, task_order, vaccinate
+from .ops import coefficients, combine, cross_gram, gram, task_order, vaccinate
 from .result import Coefficients, Vaccination
 from .sampling import TaskSampler
 from .streaming import register_rule, task_mean_loss
@@ -26,6 +26,7 @@ __all__ = [
     "available_backends",
     "coefficients",
     "combine",
+    "cross_gram",
     "curvature",
     "flat",
     "gram",

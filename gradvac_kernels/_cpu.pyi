@@ -1,6 +1,19 @@
 # The native module (csrc/cpu/bindings.cpp). Tensors are addresses; nothing is checked here.
 
 def gram(data: int, dtype: int, T: int, row_stride: int, bounds: int, K: int, G: int, threads: int) -> None: ...
+def cross_gram(
+    a: int,
+    dtype: int,
+    T: int,
+    a_stride: int,
+    bounds: int,
+    K: int,
+    b: int,
+    U: int,
+    b_stride: int,
+    C: int,
+    threads: int,
+) -> None: ...
 def coefficients(
     G: int,
     K: int,

@@ -50,6 +50,7 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int | None, ...],
     device: torch.device | None = None,
+    of: str = "grads",
 ) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -65,7 +66,7 @@ def check_tensor(
         raise ValueError(f"{name}: expected a tensor to write to, got one that requires grad")
     if device is not None and tensor.device != device:
         raise ValueError(
-            f"{name}: expected device {device}{'' if name == 'bounds' else ' (that of grads)'}, got {tensor.device}"
+            f"{name}: expected device {device}{'' if name == 'bounds' else f' (that of {of})'}, got {tensor.device}"
         )
 
 
@@ -109,17 +110,35 @@ def check_gram(G: torch.Tensor, dtype: torch.dtype) -> None:
     check_dtype(dtype)
 
 
-def check_face(grads: Any, groups: Any) -> None:
+def check_face(grads: Any, groups: Any, name: str = "grads") -> None:
     check_groups(groups)
-    check_tensor("grads", grads, DTYPES, (None, groups.numel))
+    check_tensor(name, grads, DTYPES, (None, groups.numel))
 
 
 def check_grads(grads: torch.Tensor, bounds: torch.Tensor) -> None:
-    check_tensor("grads", grads, DTYPES, (None, None))
+    check_rows("grads", grads)
     if grads.shape[0] < 1:
         raise ValueError(f"grads: expected at least one row, got shape {list(grads.shape)}")
-    if grads.shape[1] > 1 and grads.stride(1) != 1:
-        raise ValueError(f"grads: expected contiguous rows (stride 1 along P), got stride {grads.stride(1)}")
+    check_bounds(bounds)
+
+
+def check_rows(name: str, rows: torch.Tensor) -> None:
+    check_tensor(name, rows, DTYPES, (None, None))
+    if rows.shape[1] > 1 and rows.stride(1) != 1:
+        raise ValueError(f"{name}: expected contiguous rows (stride 1 along P), got stride {rows.stride(1)}")
+
+
+def check_cross(a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor) -> None:
+    check_rows("a", a)
+    check_rows("b", b)
+    if b.dtype != a.dtype:
+        wanted, got = (str(x.dtype).removeprefix("torch.") for x in (a, b))
+        raise TypeError(f"b: expected dtype {wanted} (that of a), got {got}")
+    check_tensor("b", b, DTYPES, (None, a.shape[1]), a.device, of="a")
+    check_bounds(bounds)
+
+
+def check_bounds(bounds: torch.Tensor) -> None:
     check_tensor("bounds", bounds, (torch.int64,), (None, 2), torch.device("cpu"))
     if not bounds.is_contiguous():
         raise ValueError("bounds: expected a contiguous tensor")

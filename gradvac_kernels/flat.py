@@ -25,7 +25,8 @@ def dot(x: torch.Tensor, y: torch.Tensor, groups: ParameterGroups) -> torch.Tens
         groups: K groups of the P columns.
 
     Returns:
-        ``[K]`` float64, summed in float64; its sum is the dot product of the whole vectors.
+        ``[K]`` float64, with the accuracy and range of :func:`gradvac_kernels.cross_gram`; its sum is the dot product
+        of the whole vectors.
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
@@ -35,7 +36,7 @@ def dot(x: torch.Tensor, y: torch.Tensor, groups: ParameterGroups) -> torch.Tens
     _check_same("y", "device", y.device, x.device)
     if y.dtype != x.dtype:
         raise TypeError(f"y: expected dtype {x.dtype} (that of x), got {y.dtype}")
-    return _dot(x, y, groups)
+    return ops.cross_gram(x[None], y[None], groups).flatten()
 
 
 def norm(x: torch.Tensor, groups: ParameterGroups) -> torch.Tensor:
@@ -190,14 +191,6 @@ def flatten(
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
-
-
-def _dot(x: torch.Tensor, y: torch.Tensor, groups: ParameterGroups) -> torch.Tensor:
-    """``[K]``: the cross-Gram of two single rows."""
-    found = x.new_zeros(len(groups), dtype=torch.float64)
-    for k, block in _blocks(x, groups):
-        found[k] += torch.dot(x[block].double(), y[block].double())
-    return found
 
 
 def _blocks(x: torch.Tensor, groups: ParameterGroups) -> Iterator[tuple[int, slice]]:

@@ -19,6 +19,7 @@ from .result import Coefficients, Vaccination
 
 _library = torch.library.Library("gradvac", "DEF")
 _library.define("gram(Tensor grads, Tensor bounds, str? backend=None) -> Tensor")
+_library.define("cross_gram(Tensor a, Tensor b, Tensor bounds, str? backend=None) -> Tensor")
 _library.define("combine(Tensor grads, Tensor weights, Tensor bounds, Tensor(a!) out, str? backend=None) -> ()")
 _RULE = (
     "Tensor(b!)? ema, float beta, float? target, Tensor? task_ids, Tensor? vaccinated, Tensor? order, SymInt seed, "
@@ -56,6 +57,36 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
     checks.check_face(grads, groups)
     checks.check_backend(backend)
     return torch.ops.gradvac.gram.default(grads.detach(), groups.bounds, backend)
+
+
+def cross_gram(
+    a: torch.Tensor, b: torch.Tensor, groups: ParameterGroups, *, backend: str | None = None
+) -> torch.Tensor:
+    """Dot products of the task gradients in one buffer with those in another, group by group.
+
+    Of two independent batches of the same tasks, ``C[k, i, i]`` is an unbiased estimate of the squared norm of task i's
+    mean gradient, which its squared norm in one batch overestimates by the noise; over both norms it is the similarity
+    of a task with itself, the control that similarities between tasks are to be held against (Wang, Lipton and
+    Tsvetkov, "On Negative Interference in Multilingual Models", EMNLP 2020).
+
+    Args:
+        a: ``[T, P]`` float32, bfloat16, float16 or float64; rows contiguous, any distance apart. T may be 0.
+        b: ``[T', P]`` of the same dtype and device, of any T'. It may be ``a``, or overlap it.
+        groups: K groups of the P columns.
+        backend: one of :func:`available_backends`; None takes the fastest one for the tensors' device.
+
+    Returns:
+        ``[K, T, T']`` float64, ``C[k, i, j] = <a_ik, b_jk>``, with ``|C - exact| <= 1e-7 |a_i| |b_j|`` as for
+        :func:`gram`, for max(T, T') tasks (on a GPU groups of more than 4096 columns go to matrix units whatever T).
+
+    Raises:
+        TypeError: an argument is of another type, of a dtype that no backend takes, or ``b`` of another than ``a``.
+        ValueError: a shape or device does not fit, or the backend is unknown, missing or not for this device.
+    """
+    checks.check_face(a, groups, "a")
+    checks.check_face(b, groups, "b")
+    checks.check_backend(backend)
+    return torch.ops.gradvac.cross_gram.default(a.detach(), b.detach(), groups.bounds, backend)
 
 
 def coefficients(
@@ -366,6 +397,19 @@ def _gram_fake(grads: torch.Tensor, bounds: torch.Tensor, backend: str | None = 
     return grads.new_empty(bounds.shape[0], T, T, dtype=torch.float64)
 
 
+def _cross_gram(a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor, backend: str | None = None) -> torch.Tensor:
+    checks.check_cross(a, b, bounds)
+    checks.check_layout(a, bounds)
+    return backends.choose(a.device, backend).cross_gram(a, b, bounds)
+
+
+def _cross_gram_fake(
+    a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor, backend: str | None = None
+) -> torch.Tensor:
+    checks.check_cross(a, b, bounds)
+    return a.new_empty(bounds.shape[0], a.shape[0], b.shape[0], dtype=torch.float64)
+
+
 def _combine(
     grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor, backend: str | None = None
 ) -> None:
@@ -445,6 +489,7 @@ def _task_order_fake(
 
 for _name, _implementation, _fake in (
     ("gram", _gram, _gram_fake),
+    ("cross_gram", _cross_gram, _cross_gram_fake),
     ("coefficients", _coefficients, _coefficients_fake),
     ("combine", _combine, _combine_fake),
     ("vaccinate", _vaccinate, _vaccinate_fake),

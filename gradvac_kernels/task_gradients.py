@@ -3,6 +3,7 @@ optimizer reads it."""
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -300,12 +301,14 @@ class TaskGradients:
             if name not in self.tasks:
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {name!r}")
             if not isinstance(loss, torch.Tensor):
-                loss = torch.tensor(checks.check_real(f"losses[{name!r}]", loss), dtype=torch.float64)
+                if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
+                    raise TypeError(f"losses[{name!r}]: expected a real scalar, got {loss!r}")
+                loss = torch.tensor(float(loss), dtype=torch.float64)
             loss = loss.detach()
             if loss.numel() != 1 or loss.is_complex():
                 got = f"shape {list(loss.shape)}, {loss.dtype}"
                 raise ValueError(f"losses[{name!r}]: expected a real scalar, got {got}")
-            found[name] = loss.reshape(())
+            found[name] = loss.reshape(()).clone()
         self._losses |= found
 
     def apply(self) -> Vaccination:

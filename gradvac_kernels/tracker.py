@@ -11,6 +11,7 @@ import torch
 
 from . import checks, ops
 from .groups import ParameterGroups
+from .methods.method import check_task_ids
 from .result import Vaccination
 
 WHOLE = "whole_model"
@@ -37,7 +38,8 @@ class SimilarityTracker:
     - ``below_zero``: whether the cosine was below 0 when Algorithm 1 measured it, i being the current, turned one:
       where PCGrad would act;
     - ``turned``: whether i was turned towards j there. The last two are shares of the steps in which the method
-      measured the pair (``met``); Gram matrices alone say nothing of them.
+      measured the pair (``met``); Gram matrices alone say nothing of them, and a method that turns nothing meets every
+      pair as it is.
 
     The last group, ``"whole_model"``, is all groups together: dot products add up. A pair counts in a step if both
     gradients are finite and not zero in the group. (Wang et al., ICLR 2021, section 3; norm similarity from Li and
@@ -86,28 +88,20 @@ class SimilarityTracker:
         """
         G, met, corrected, below = self._read(found)
         T, N = G.shape[1], len(self.tasks)
-        if task_ids is None and T != N:
-            raise ValueError(f"task_ids: expected ids for the {T} of {N} tasks, got None")
-        if task_ids is not None and not isinstance(task_ids, torch.Tensor):
-            task_ids = checks.check_ids("task_ids", task_ids)
-        if task_ids is not None and (not isinstance(task_ids, torch.Tensor) or task_ids.device.type == "cpu"):
-            listed = tuple(task_ids) if not isinstance(task_ids, torch.Tensor) else tuple(task_ids.tolist())
-            checks.check_range("task_ids", listed, N)
-            if len(listed) != T or len(set(listed)) != T:
-                raise ValueError(f"task_ids: expected {T} different ids, got {list(listed)}")
-            task_ids = None if listed == tuple(range(N)) else listed
+        given = check_task_ids(task_ids, T, N)
+        if isinstance(given, tuple) and given == tuple(range(N)):
+            given = None
         measures = self._measure(G, met, corrected, below)  # [7, K, T, T]
-        if not self._windows or self._windows[-1][1] - self._windows[-1][0] + 1 == self.window:
-            sums = measures.new_zeros(len(_SUMS), len(self.groups), N, N)
-            self._windows.append((self.steps, self.steps - 1, sums))
-        first, last, sums = self._windows[-1]
-        sums = sums.to(measures.device)
-        if task_ids is None:
-            sums += measures
+        ids = ops.as_ids("task_ids", given, measures.device)
+        if ids is not None:
+            spread = measures.new_zeros(len(_SUMS), len(self.groups), N, N)
+            spread[:, :, ids[:, None], ids] = measures
+            measures = spread
+        if self._windows and self._windows[-1][1] - self._windows[-1][0] + 1 < self.window:
+            first, last, sums = self._windows.pop()
+            self._windows.append((first, last + 1, sums.to(measures.device) + measures))
         else:
-            ids = ops.as_ids("task_ids", task_ids, sums.device)
-            sums[:, :, ids[:, None], ids] += measures  # type: ignore[index]
-        self._windows[-1] = first, last + 1, sums
+            self._windows.append((self.steps, self.steps, measures))
 
     def mean(self, measure: str, windows: slice = slice(None)) -> torch.Tensor:
         """``[K, N, N]`` float64: the mean of one of :data:`MEASURES` over windows; NaN where nothing was measured.
@@ -205,13 +199,24 @@ class SimilarityTracker:
             if state[name] != own[name]:
                 raise ValueError(f"state[{name!r}]: expected {own[name]}, got {state[name]}")
         shape = (len(_SUMS), len(self.groups), len(self.tasks), len(self.tasks))
-        windows, begin = [], 0
-        for first, last, sums in state["windows"]:
+        windows: list[tuple[int, int, torch.Tensor]] = []
+        if not isinstance(state["windows"], (list, tuple)):
+            raise TypeError(f"state['windows']: expected a list, got {type(state['windows']).__name__}")
+        for index, window in enumerate(state["windows"]):
+            if not isinstance(window, (list, tuple)) or len(window) != 3:
+                raise TypeError(f"state['windows']: expected first step, last step and sums, got {window!r}")
+            first, last, sums = window
+            checks.check_int("state['windows']", first)
+            checks.check_int("state['windows']", last)
             checks.check_tensor("state['windows']", sums, (torch.float64,), shape)
-            if first != begin or not first <= last < first + self.window:
-                raise ValueError(f"state['windows']: expected one that begins at {begin}, got {first} to {last}")
+            full = first + self.window - 1
+            if (
+                first != index * self.window
+                or not first <= last <= full
+                or (last < full and index + 1 < len(state["windows"]))
+            ):
+                raise ValueError(f"state['windows']: expected windows of {self.window} steps, got {first} to {last}")
             windows.append((first, last, sums.clone()))
-            begin = last + 1
         self._windows = windows
 
     def _read(
@@ -224,6 +229,7 @@ class SimilarityTracker:
         checks.check_tensor("found", G, (torch.float64,), (self._num_groups, None, None))
         if G.shape[1] != G.shape[2]:
             raise ValueError(f"found: expected Gram matrices [K, T, T], got {list(G.shape)}")
+        G = G.detach()
         if not isinstance(found, Vaccination):
             return G, None, None, None
         return G, ~found.similarity.isnan(), found.corrected, found.similarity < 0

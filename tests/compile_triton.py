@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gradvac_kernels as gvk
-from gradvac_kernels.backends.triton import coefficient_kernels, combine_kernels, gram_kernels
+from gradvac_kernels.backends.triton import coefficient_kernels, combine_kernels, cross_gram_kernels, gram_kernels
 from gradvac_kernels.backends.triton.plan import make_plan
 from gradvac_kernels.numerics import precision
 
@@ -121,11 +121,25 @@ def cases() -> Iterator[tuple[str, list]]:
         for T in numbers:
             grads, plan = buffer(T, dtype), make_plan(edges, T, torch.device("cpu"))
             yield f"T={T} {_TYPES[dtype]}", record(gram_kernels, lambda a=(grads, plan): gram_kernels.measure(*a))
+    for dtype, numbers in (
+        (torch.float32, ((1, 1), (8, 8), (16, 3), (32, 20), (64, 64), (100, 2))),
+        (torch.bfloat16, ((8, 8), (32, 32), (100, 100))),
+        (torch.float16, ((8, 8), (64, 1))),
+        (torch.float64, ((8, 8), (3, 64))),
+    ):
+        for T, U in numbers:
+            plan = make_plan(edges, max(T, U), torch.device("cpu"))
+            pair = (buffer(T, dtype), buffer(U, dtype), plan)
+            name = f"T={T} U={U} {_TYPES[dtype]}"
+            yield name, record(cross_gram_kernels, lambda a=pair: cross_gram_kernels.cross_measure(*a))
     odd = gvk.ParameterGroups.from_sizes({"short": 3, "long": 16384})
     for T in (8, 16):
         grads = torch.zeros(T, odd.numel)
         plan = make_plan(tuple(odd.bounds.flatten().tolist()), T, torch.device("cpu"))
         yield f"T={T} fp32 unaligned", record(gram_kernels, lambda a=(grads, plan): gram_kernels.measure(*a))
+        pair = (grads, grads, plan)
+        name = f"T={T} U={T} fp32 unaligned"
+        yield name, record(cross_gram_kernels, lambda a=pair: cross_gram_kernels.cross_measure(*a))
     for T in (1, 2, 8, 100):
         for dtype, wide in (
             (torch.float32, torch.float32),

@@ -89,6 +89,16 @@ def test_two_passes_in_any_schedule(device, T, dtype):
         assert all(torch.equal(a, b) for a, b in zip(found, expected)), seed
 
 
+@pytest.mark.parametrize(("T", "U", "dtype"), [(6, 3, torch.float32), (12, 40, torch.bfloat16), (5, 2, torch.float64)])
+def test_cross_gram_in_any_schedule(device, T, U, dtype):
+    groups = GROUPS[:5]
+    a, b = (task_gradients(rows, groups, step=rows, dtype=dtype) for rows in (T, U))
+    expected = gvk.cross_gram(a, b, groups, backend="cuda")
+    for seed in range(1, 26):
+        device.fuzz(seed)
+        assert torch.equal(gvk.cross_gram(a, b, groups, backend="cuda"), expected), seed
+
+
 @pytest.mark.parametrize(("T", "dtype"), [(5, torch.float32), (8, torch.bfloat16), (17, torch.float32)])
 def test_a_piece_of_several_runs_is_added_up_in_float64(monkeypatch, T, dtype):
     """As groups beyond 8M columns have them. Longer chains are some 1e-9 off, another order of float64 1e-15."""

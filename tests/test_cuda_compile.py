@@ -17,6 +17,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 REGISTERS = 65536  # of a multiprocessor
 ELEMENTS = {"Float32": 4, "Bfloat16": 8, "Float16": 8, "Float64": 2}  # of 16 bytes
 
+MATRIX_KERNELS = ("measure_many_rows", "measure_cross")
+
 
 class Kernel(NamedTuple):
     """One instance of a kernel, as it is in the module."""
@@ -85,6 +87,8 @@ def threads_and_blocks(kernel: Kernel) -> tuple[int, int]:
         return 128, 3
     if kernel.name == "measure_many_rows":
         return 256, 2 if kernel.rows <= 32 and not kernel.square else 1
+    if kernel.name == "measure_cross":
+        return 256, 2 if kernel.rows <= 16 else 1
     return (32, 16) if kernel.name == "solve_rows" else (256, 2)
 
 
@@ -103,9 +107,12 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
     expected = {("measure_few_rows", *instance) for instance in few}
     expected |= {("vaccinate_in_one_pass", *instance) for instance in few if instance[1] <= 8}
     expected |= {("measure_many_rows", *instance) for instance in many}
+    expected |= {
+        ("measure_cross", element, rows, True) for element in ("Float32", "Bfloat16", "Float16") for rows in (16, 32)
+    }
     expected |= {("combine_rows", element, rows, False) for element in ELEMENTS for rows in (2, 4, 8)}
-    expected |= {("measure_in_double", "Float64", 0, False)}
-    expected |= {(name, "", 0, False) for name in ("add_up_groups", "solve_rows")}
+    expected |= {(name, "Float64", 0, False) for name in ("measure_in_double", "measure_cross_in_double")}
+    expected |= {(name, "", 0, False) for name in ("add_up_groups", "add_up_cross", "solve_rows")}
     assert capabilities()
     for capability in capabilities():
         assert {kernel[:4] for kernel in kernels if kernel.capability == capability} == expected
@@ -133,7 +140,7 @@ def test_loads_and_stores_of_16_bytes(kernels):
         loads, stores = kernel.count(r"LDG\S*\.128"), kernel.count(r"STG\S*\.128")
         if kernel.name == "measure_few_rows":
             assert loads >= kernel.rows, described(kernel)
-        elif kernel.name == "measure_many_rows":
+        elif kernel.name in MATRIX_KERNELS:
             assert loads >= kernel.rows // 8 * (1 + kernel.square), described(kernel)
         elif kernel.name == "combine_rows":
             assert loads >= (8 if kernel.rows == 8 else 4), described(kernel)
@@ -148,7 +155,7 @@ def test_loads_and_stores_of_16_bytes(kernels):
 def test_products_are_made_by_the_units_that_are_meant(kernels):
     for kernel in kernels:
         fused = kernel.count("FFMA")
-        if kernel.name == "measure_many_rows":
+        if kernel.name in MATRIX_KERNELS:
             strips = kernel.rows // 16
             tiles = strips * kernel.rows // 8 if kernel.square else strips * (strips + 1)
             products = 6 if kernel.element == "Float32" else 2  # of three parts of each; of two times 16 columns

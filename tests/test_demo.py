@@ -300,7 +300,7 @@ def test_a_comparison_says_what_exceeds_the_noise():
         "better": [run(0.9, 30.5), run(1.0, 30.5), run(1.1001, 32.0)],
         "noisy": [run(0.8, 30.0), run(1.4, 31.0), run(1.2, 32.1)],
     }
-    found = comparison.gather(["da", "oc"], runs, ["oc"], ["oc"]) | {"arguments": {"seeds": [0, 1, 2]}}
+    found = comparison.gather(["da", "oc"], runs, ["oc"], ["oc"]) | {"arguments": {"seeds": [0, 1, 2], "jobs": 1}}
     assert found["arms"]["better"]["loss"]["low"] == [0.9, 1.0, 1.1001]
     text = comparison.report(found)
     assert "1.100 +- 0.100" in text  # mean and deviation of the sum
@@ -309,7 +309,7 @@ def test_a_comparison_says_what_exceeds_the_noise():
     assert "noisy" not in verdict
     assert "chrF" not in verdict
     one = comparison.gather(["da", "oc"], {name: found[:1] for name, found in runs.items()}, [], ["da"])
-    assert "One seed" in comparison.report(one | {"arguments": {"seeds": [0]}})
+    assert "One seed" in comparison.report(one | {"arguments": {"seeds": [0], "jobs": 2}})
 
 
 @pytest.mark.parametrize(
@@ -413,6 +413,8 @@ def test_cli_refuses_an_unknown_language():
     "arguments",
     [
         ["--seeds", "0"],
+        ["--seeds", "1,1"],
+        ["--seeds", ","],
         ["--languages", "de"],
         ["--vaccinated", "de", "--languages", "sv,da"],
         ["--target", "2"],

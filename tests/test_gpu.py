@@ -124,6 +124,34 @@ def test_error_of_the_gram(backend, T, dtype, power, bound):
     assert error <= bound
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "U"), [(3, 8), (40, 17)])
+def test_cross_gram_in_small(backend, T, U, dtype):
+    check_cross_gram(backend, T, U, dtype, gvk.ParameterGroups.from_sizes({"a": 5, "b": 9000, "c": 0, "d": 333}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("T", "U"), [(1, 5), (8, 8), (16, 17), (40, 33), (100, 2)])
+def test_cross_gram(backend, T, U, dtype):
+    check_cross_gram(backend, T, U, dtype, gvk.ParameterGroups.from_sizes({"a": 3_000_000, "b": 10_000}, align=8))
+
+
+def check_cross_gram(backend, T, U, dtype, groups):
+    """Its bound, and its bits: once more, and for a slab of unaligned rows."""
+    a, b = (random_gradients(rows, groups, dtype, seed=rows) for rows in (T, U))
+    C = gvk.cross_gram(a, b, groups, backend=backend)
+    exact = gvk.cross_gram(a.double(), b.double(), groups, backend="reference")
+    lengths = [torch.stack([g[:, x:y].double().norm(dim=1) for x, y in groups.bounds.tolist()]) for g in (a, b)]
+    bound = 2e-14 if dtype == torch.float64 else 1e-7
+    assert bool(((C - exact).abs() <= bound * lengths[0][:, :, None] * lengths[1][:, None]).all())
+    assert torch.equal(gvk.cross_gram(a, b, groups, backend=backend), C)
+    for k in range(len(groups)):
+        columns = slice(groups.offsets[k], groups.offsets[k + 1])
+        x, y = torch.nn.functional.pad(a[:, columns], (1, 0))[:, 1:], b[:, columns].contiguous()
+        assert torch.equal(gvk.cross_gram(x, y, groups[k : k + 1], backend=backend)[0], C[k])
+
+
 def test_orders_are_drawn_on_the_device(backend):
     """A given order and the drawn one give the same bits."""
     groups, T = LAYOUTS["ragged"], 7
@@ -284,12 +312,14 @@ def test_the_host_never_waits(backend, layout):
     method(grads, groups, task_ids=ids, out=out)
     ema = targets(groups, T)
     vaccinate(backend, grads, groups, ema, out=out)
+    gvk.cross_gram(grads, grads, groups, backend=backend)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             method(grads, groups, task_ids=ids, out=out)
         vaccinate(backend, grads, groups, ema, out=out)
         gvk.gram(grads, groups, backend=backend)
+        gvk.cross_gram(grads, grads, groups, backend=backend)
         weights = torch.ones(len(groups), T, dtype=torch.float64, device=GPU)
         gvk.combine(grads, weights, groups, out=out, backend=backend)
     finally:

@@ -100,6 +100,19 @@ def test_losses_by_name_and_for_some_tasks():
     assert bool((tasks.method.state["weights"][:, 1] == 1).all())
 
 
+def test_reported_losses_are_copies():
+    model, x, y, _ = model_and_data()
+    tasks, total = gvk.TaskGradients(model, ["de"], method=methods.GradNorm()), torch.zeros(())
+    with tasks.task("de"):
+        loss = losses_of_samples(model, x[0], y[0]).mean()
+        loss.backward()
+    total += loss.detach()
+    tasks.report_losses({"de": total})
+    total.zero_()
+    tasks.apply()
+    assert float(tasks.method.state["first_losses"]) == pytest.approx(loss.item(), rel=1e-6)
+
+
 def test_missing_losses_are_said_and_change_nothing():
     model, x, y, task_of_sample = model_and_data()
     x, y = x[0], y[0]

@@ -57,6 +57,8 @@ def passes(op, *arguments):
 def test_opcheck_gram_and_combine(dtype, backend):
     grads, weights = random(T, P, dtype=dtype), random(K, T, dtype=torch.float64)
     passes(OPS.gram, grads, GROUPS.bounds, backend)
+    passes(OPS.cross_gram, grads, random(T + 1, P, dtype=dtype, seed=1), GROUPS.bounds, backend)
+    passes(OPS.cross_gram, grads, grads, GROUPS.bounds, backend)
     passes(OPS.combine, grads, weights, GROUPS.bounds, torch.zeros(P, dtype=dtype), backend)
 
 
@@ -126,6 +128,10 @@ def gram_and_more(grads):
     return gvk.gram(grads * 2, GROUPS) + 1
 
 
+def cross_gram(a, b):
+    return gvk.cross_gram(a * 2, b, GROUPS) + 1
+
+
 def combine(grads, weights):
     return gvk.combine(grads, weights, GROUPS) + 1
 
@@ -155,6 +161,7 @@ def task_order(grads):
     ("function", "arguments"),
     [
         (gram_and_more, ()),
+        (cross_gram, (random(T + 1, P, seed=1),)),
         (combine, (random(K, T),)),
         (combine_into, (random(K, T, dtype=torch.float64), torch.full((P,), torch.nan))),
         (vaccinate, (targets(),)),
@@ -250,6 +257,8 @@ def check_shapes(groups, device, dtype):
     grads = torch.empty(T, P, dtype=dtype, device=device)
     device = grads.device
     assert describe(gvk.gram(grads, groups)) == ((K, T, T), torch.float64, device)
+    other = torch.empty(T + 2, P, dtype=dtype, device=device)
+    assert describe(gvk.cross_gram(grads, other, groups)) == ((K, T, T + 2), torch.float64, device)
     weights = torch.empty(K, T, dtype=torch.float64, device=device)
     assert describe(gvk.combine(grads, weights, groups)) == ((P,), dtype, device)
     out = torch.empty(P, dtype=torch.float32, device=device)
@@ -300,6 +309,10 @@ def call_gram(grads, groups):
     return gvk.gram(grads, groups)
 
 
+def call_cross_gram(grads, groups):
+    return gvk.cross_gram(grads, grads[1:], groups)
+
+
 def call_combine(grads, groups):
     rows = len(grads) if isinstance(grads, torch.Tensor) else T
     return gvk.combine(grads, torch.ones(K, rows), groups)
@@ -330,6 +343,28 @@ def test_bad_grads(call, case):
 def test_bad_groups(call, groups):
     with pytest.raises(TypeError, match=f"groups: expected ParameterGroups, got {type(groups).__name__}"):
         call(random(T, P), groups)
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("case", [case for case in BAD_GRADS if case != "no rows"])
+def test_bad_rows_of_cross_gram(name, case):
+    change, error, message = BAD_GRADS[case]
+    good = {"a": random(T, P), "b": random(T + 1, P), "groups": GROUPS}
+    message = message.replace("grads:", f"{name}:").replace("stride 3", f"stride {len(good[name])}")
+    message = message.replace("[3, 1", f"[{len(good[name])}, 1").replace(r"\[1, 3, 12", rf"\[1, {len(good[name])}, 12")
+    refused(gvk.cross_gram, good, {name: change(good[name])}, error, message)
+
+
+BAD_PAIRS = {
+    "another dtype": ({"b": random(T, P).double()}, TypeError, r"b: expected dtype float32 \(that of a\), got float64"),
+    "another device": ({"b": random(T, P).to("meta")}, ValueError, r"b: expected device cpu \(that of a\), got meta"),
+    "no groups": ({"groups": (0, 12)}, TypeError, "groups: expected ParameterGroups, got tuple"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_bad_pairs(case):
+    refused(gvk.cross_gram, {"a": random(T, P), "b": random(T, P), "groups": GROUPS}, *BAD_PAIRS[case])
 
 
 BAD_OUT = {
@@ -526,22 +561,22 @@ def test_bad_combine(case):
 
 
 VERBS = {
-    "gram": (gvk.gram, {}),
-    "combine": (gvk.combine, {"weights": random(K, T), "out": torch.full((P,), 123.0)}),
-    "vaccinate": (gvk.vaccinate, {"ema": targets(), "out": torch.full((P,), 123.0)}),
+    "gram": (gvk.gram, {"grads": random(T, P)}),
+    "cross_gram": (gvk.cross_gram, {"a": random(T, P), "b": random(T + 1, P)}),
+    "combine": (gvk.combine, {"grads": random(T, P), "weights": random(K, T), "out": torch.full((P,), 123.0)}),
+    "vaccinate": (gvk.vaccinate, {"grads": random(T, P), "ema": targets(), "out": torch.full((P,), 123.0)}),
 }
 EVERY_DISPATCHED_VERB = pytest.mark.parametrize("verb", VERBS)
 
 
 def run(verb, backend=None):
-    function, more = VERBS[verb]
-    more = {name: tensor.clone() for name, tensor in more.items()}
-    return function(random(T, P), groups=GROUPS, backend=backend, **more)
+    function, tensors = VERBS[verb]
+    return function(groups=GROUPS, backend=backend, **{name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def refused_by(verb, changes, error, message):
-    function, more = VERBS[verb]
-    refused(function, {"grads": random(T, P), "groups": GROUPS, **more}, changes, error, message)
+    function, tensors = VERBS[verb]
+    refused(function, {"groups": GROUPS, **tensors}, changes, error, message)
 
 
 @EVERY_DISPATCHED_VERB
@@ -575,6 +610,8 @@ def call_op(op, bounds, backend=None):
     grads, out, ema = random(T, P), torch.zeros(P), targets()
     if op == "gram":
         return OPS.gram(grads, bounds, backend)
+    if op == "cross_gram":
+        return OPS.cross_gram(grads, random(T + 1, P, seed=1), bounds, backend)
     if op == "combine":
         OPS.combine(grads, random(len(bounds), T, dtype=torch.float64), bounds, out, backend)
         return out
@@ -582,7 +619,7 @@ def call_op(op, bounds, backend=None):
     return (*found, out, ema)
 
 
-EVERY_OP = pytest.mark.parametrize("op", ["gram", "combine", "vaccinate"])
+EVERY_OP = pytest.mark.parametrize("op", ["gram", "cross_gram", "combine", "vaccinate"])
 
 
 @EVERY_OP
@@ -649,7 +686,7 @@ def test_strided_ids_order_and_weights(backend):
 # ------------------------------------------------------------------------------------------- autograd and the padding
 
 
-@pytest.mark.parametrize("call", [call_gram, call_combine, call_vaccinate, call_oracle])
+@pytest.mark.parametrize("call", [call_gram, call_cross_gram, call_combine, call_vaccinate, call_oracle])
 def test_grads_that_require_grad(call):
     """Nothing is recorded: the result of a backward is not differentiated again."""
     with warnings.catch_warnings():

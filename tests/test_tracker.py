@@ -89,6 +89,15 @@ def test_scale_does_not_matter():
         assert same(found, want, 1e-6)  # products with 1e15 are rounded
 
 
+def test_it_keeps_no_graph_and_takes_inference_tensors():
+    tracker = gvk.SimilarityTracker(GROUPS, TASKS)
+    with torch.inference_mode():
+        tracker.update(gvk.gram(gradients(0), GROUPS))
+    tracker.update(gvk.gram(gradients(1), GROUPS).requires_grad_())
+    assert tracker.steps == 2
+    assert not tracker.mean("cosine").requires_grad
+
+
 def test_one_group_is_the_whole():
     groups = gvk.ParameterGroups.from_sizes({"all": 30})
     tracker = gvk.SimilarityTracker(groups, 2)
@@ -183,6 +192,7 @@ def test_a_bad_state_changes_nothing():
     bad = [None, {}, good | {"x": 1}, good | {"tasks": ["a"]}, good | {"window": 5}, good | {"groups": []}]
     bad += [good | {"windows": [window]} for window in ((first, last, sums.float()), (1, 1, sums), (0, 4, sums))]
     bad.append(good | {"windows": [(0, 0, sums[:, :1])]})
+    bad += [good | {"windows": windows} for windows in (None, [1], [(0, 0, sums), (1, 1, sums)], [(0, 0.0, sums)])]
     for state in bad:
         with pytest.raises((TypeError, ValueError), match="state"):
             tracker.load_state_dict(state)
@@ -216,6 +226,7 @@ def test_bad_arguments(arguments, error, name):
         (torch.zeros(3, 2, 2, dtype=torch.float64), [1, 1], ValueError, "task_ids"),
         (torch.zeros(3, 2, 2, dtype=torch.float64), [1, 2, 3], ValueError, "task_ids"),
         (torch.zeros(3, 2, 2, dtype=torch.float64), torch.tensor([1, 9]), ValueError, "task_ids"),
+        (torch.zeros(3, 2, 2, dtype=torch.float64), torch.tensor([0.0, 1.0]), TypeError, "task_ids"),
     ],
 )
 def test_bad_updates_change_nothing(found, ids, error, name):
@@ -223,5 +234,7 @@ def test_bad_updates_change_nothing(found, ids, error, name):
     with pytest.raises(error, match=f"{name}: expected"):
         tracker.update(found, ids)
     assert tracker.steps == 0
+    with pytest.raises(ValueError, match="windows: expected"):
+        tracker.mean("cosine")
     with pytest.raises(ValueError, match="measure: expected one of"):
         tracker.mean("cos")

@@ -19,7 +19,8 @@ CAPABILITIES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a multiprocessor gives to its blocks
 # Warps of a multiprocessor that must fit the registers, to keep enough loads under way: 16 bytes a row, lane and load.
-WARPS = {"outer": 8, "dot": 8, "double": 8, "add_up": 8, "add_weighted": 8, "solve": 8}
+KERNELS = ("outer", "dot", "double", "add_up", "cross_dot", "cross_double", "cross_add_up", "add_weighted", "solve")
+WARPS = dict.fromkeys(KERNELS, 8)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_loads_and_stores_of_16_bytes(launches):
         if launch["kernel"] == "outer":
             assert launch["loads_16"] >= rows or "unaligned" in launch["case"], named(launch)
             assert launch["loads_16"] == 0 or "unaligned" not in launch["case"], named(launch)
-        if launch["kernel"] == "dot":
+        if launch["kernel"] in ("dot", "cross_dot"):
             assert (launch["loads_16"] > 0) == ("unaligned" not in launch["case"]), named(launch)
         if launch["kernel"] == "add_weighted":
             assert launch["loads_16"] >= min(8, rows), named(launch)
@@ -77,4 +78,4 @@ def test_loads_and_stores_of_16_bytes(launches):
 
 def test_products_of_many_rows_use_matrix_units(launches):
     for launch in launches:
-        assert (launch["matrix"] > 0) == (launch["kernel"] == "dot"), named(launch)
+        assert (launch["matrix"] > 0) == (launch["kernel"] in ("dot", "cross_dot")), named(launch)

@@ -223,6 +223,45 @@ def test_cats_ends_at_the_constrained_minimum():
     assert np.allclose(method.state["alpha"][0].numpy(), want.x, rtol=0, atol=1e-5)
 
 
+def test_cats_holds_its_budget_with_some_of_the_tasks():
+    """Gradients of equal norm with cosine 0.3 and equal losses: combined they are too long, however many there are."""
+    ones = torch.ones(3, 12, 12, dtype=torch.float64)
+    G = 0.3 * ones + 0.7 * torch.eye(12, dtype=torch.float64)
+    for present in (12, 8, 2):
+        method = methods.CATS(num_tasks=12)
+        for step in range(12):
+            ids = [(step + i) % 12 for i in range(present)]
+            method.observe(G[:, :present, :present].contiguous(), GROUPS, torch.ones(present), ids)
+        # the budget is 1 / m and m equal weights give (1 + 0.3 (m - 1)) / m
+        excess = 0.3 * (present - 1) / present
+        assert torch.allclose(method.state["multiplier"], torch.tensor(12 * 0.1 * excess, dtype=torch.float64))
+        assert torch.allclose(method.state["alpha"], torch.tensor(1 / 12, dtype=torch.float64))
+
+
+def test_cats_takes_losses_of_any_sign():
+    G = torch.eye(4, dtype=torch.float64).expand(3, 4, 4).contiguous()
+    for losses in ([-1.0, -3.0, -2.0, -2.0], [-1.0, -2.0, 1.5, 1.5000001]):
+        method, largest = methods.CATS(lr=0.1), losses.index(max(losses))
+        method.observe(G, GROUPS, torch.tensor(losses, dtype=torch.float64))
+        alpha = method.state["alpha"][0]
+        assert int(alpha.argmin()) == largest
+        assert float((alpha - 0.25).abs().max()) <= 0.1 / 4 * 2 * 4  # lr / N times the relative loss, at most N, twice
+
+
+def test_an_observation_waits_for_nobody_and_changes_no_step_under_way():
+    method, grads = methods.CATS(interval=None, lr=0.5), gradients(4)
+    G = gvk.gram(grads, GROUPS)
+    with torch.inference_mode():
+        method.observe(G, GROUPS, losses_of(4))
+    kept = method.state["alpha"]
+    before = kept.clone()
+    with method.in_parts(GROUPS, 4, grads.device) as step:
+        method.observe(G, GROUPS, losses_of(4))
+        found = step.vaccinate(grads[:, :60].contiguous(), GROUPS[:1], None, None)
+    assert torch.equal(found.weights[0], before[0])
+    assert torch.equal(kept, before)
+
+
 def test_cats_learns_every_so_many_steps_or_from_others():
     often, seldom, never = (methods.CATS(interval=interval) for interval in (1, 3, None))
     for step in range(3):
@@ -267,10 +306,43 @@ def test_weightings_of_torchjd_group_by_group(name):
 def test_aggregators_of_torchjd_group_by_group(name):
     grads = gradients(4, "agreeing")
     make_one = aggregation.ConFIG if name == "ConFIG" else lambda: aggregation.NashMTL(n_tasks=4)
-    found = methods.FromTorchJD(make_one())(grads, GROUPS)
+    found = methods.FromTorchJD(make_one(), relative=False)(grads, GROUPS)  # NashMTL bounds the update's length
     for begin, end in GROUPS.bounds.tolist():
         want = make_one()(grads[:, begin:end])
         assert torch.allclose(found.gradient[begin:end], want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(("num_tasks", "columns"), [(6, 3), (5, 2), (14, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_fewer_columns_than_tasks(num_tasks, columns, dtype):
+    """The Gram matrix is singular there, and what is rounding in it must not be magnified."""
+    groups = gvk.ParameterGroups.from_sizes({"bias": columns})
+    grads = torch.randn(num_tasks, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found, want = methods.FromTorchJD(aggregation.ConFIG())(grads, groups), aggregation.ConFIG()(grads.double())
+    # TorchJD inverts a matrix of unit rows of condition number below 100
+    assert float((found.gradient - want).norm() / want.norm()) < (1e-5 if dtype == torch.float32 else 1e-12)
+
+
+def test_torchjd_s_epsilons_do_not_switch_small_gradients_off():
+    grads = gradients(3, "agreeing")
+    for weighting in (aggregation.CAGradWeighting(c=0.5), aggregation.UPGradWeighting()):
+        want = methods.FromTorchJD(weighting)(grads, GROUPS).weights
+        for scale in (2.0**-30, 2.0**30):
+            assert torch.allclose(methods.FromTorchJD(weighting)(grads * scale, GROUPS).weights, want, rtol=1e-6)
+
+
+def test_a_step_that_fails_teaches_a_stateful_weighting_nothing():
+    method, fresh = (methods.FromTorchJD(aggregation.GradVacWeighting(beta=0.5)) for _ in range(2))
+    grads = gradients(2, seed=1)
+
+    def fail():
+        with method.in_parts(GROUPS, 2, grads.device) as step:
+            step.vaccinate(grads[:, :60].contiguous(), GROUPS[:1], None, None)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(method(grads, GROUPS).weights, fresh(grads, GROUPS).weights)
 
 
 def test_a_stateful_weighting_keeps_its_state_by_group():
@@ -381,6 +453,62 @@ def test_in_parts_equals_one_call(name):
         assert str(whole.state_dict()) == str(parts.state_dict())
 
 
+@pytest.mark.parametrize("name", ["MGDA", "CATS", "GradNorm"])
+@pytest.mark.parametrize("num_tasks", [20, 33])
+def test_slabs_give_the_same_bits_with_many_tasks(name, num_tasks):
+    groups = gvk.ParameterGroups.from_sizes({str(k): 1 + 7 * k % 59 for k in range(40)})
+    whole, parts = ALL[name](), ALL[name]()
+    for step in range(2):
+        grads, losses = gradients(num_tasks, seed=step, groups=groups), losses_of(num_tasks, step)
+        want = whole(grads, groups, losses=losses)
+        with parts.in_parts(groups, num_tasks, grads.device) as part:
+            part.losses = losses
+            for k, (begin, end) in enumerate(groups.bounds.tolist()):
+                found = part.vaccinate(grads[:, begin:end].contiguous(), groups[k : k + 1], None, None)
+                assert torch.equal(found.weights[0], want.weights[k])
+    assert all(torch.equal(a, b) for a, b in zip(whole.state.values(), parts.state.values()))
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("PCGrad", "GradVac")])
+def test_which_rows_are_left_out_depends_on_the_type(name):
+    """Squared norms of float32 gradients lie in [2^-126, 3.4e38]; the same rows in float64 are measured."""
+    method = ALL[name]()
+    for exponent in (-64, 66):
+        grads = gradients(3, "agreeing")
+        grads[1] *= 2.0**exponent / grads[1].norm()
+        for dtype, kept in ((torch.float32, False), (torch.float64, True)):
+            step = method._begin(GROUPS, 3, grads.device)
+            step.weigh(gvk.gram(grads, GROUPS), GROUPS, None, dtype)
+            assert bool(step.measured[0].usable[1:2, 1].all()) == kept or exponent == -64
+            assert bool(step.measured[0].usable[:, 0].all())
+        assert not bool(step.measured[0].usable.all(1).any()) or kept
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    ("ids", "error"),
+    [
+        ([0], ValueError),
+        ([0, 0, 0], ValueError),
+        ([0, 1, 4], ValueError),
+        (torch.tensor([0.0, 1.0, 2.0]), TypeError),
+        (torch.tensor([True, False, True]), TypeError),
+        (torch.tensor([[0, 1, 2]]), ValueError),
+        (torch.tensor(1), ValueError),
+        (torch.tensor([0, 1, 1]), ValueError),
+        ("012", TypeError),
+    ],
+)
+def test_bad_ids_change_nothing(name, ids, error):
+    method, out = ALL[name](), torch.full((GROUPS.numel,), 7.0, dtype=torch.float64)
+    method.bind(4)
+    with pytest.raises(error, match="task_ids"):
+        step_of(method, gradients(3), task_ids=ids, out=out)
+    assert bool((out == 7).all())
+    assert method.step == 0
+    assert getattr(method, "state", {}) == {}
+
+
 @pytest.mark.parametrize("name", [name for name in ALL if name != "FromTorchJD"])
 def test_a_checkpoint_continues_bit_for_bit(name, tmp_path):
     method = ALL[name]()
@@ -405,10 +533,18 @@ def test_a_bad_state_is_refused_and_changes_nothing(name):
     for key in method.state:
         bad += [good | {key: None}, good | {key: good[key].float()}, good | {key: good[key][..., :-1]}]
         bad.append(good | {key: [1.0]})
+        bad += [good | {key: torch.full_like(good[key], value)} for value in (-1.0, math.inf)]
     for state in bad:
         with pytest.raises((TypeError, ValueError), match=r"state"):
             method.load_state_dict(state)
         assert str(method.state_dict()) == str(before)
+    for key in method.state:  # what was given and what is kept are copies
+        good[key].fill_(5.0)
+        assert str(method.state_dict()) == str(before)
+        method.load_state_dict(good)
+        good[key].fill_(6.0)
+        assert bool((method.state[key] == 5.0).all())
+        method.load_state_dict(before)
 
 
 @pytest.mark.parametrize("name", ALL)

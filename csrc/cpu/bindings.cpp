@@ -31,6 +31,12 @@ void gram(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Addr
   cpu::gram(buffer(data, dtype, T, row_stride, bounds, K), pointer<double>(G), threads);
 }
 
+void cross_gram(Address a, int dtype, std::int64_t T, std::int64_t a_stride, Address bounds, std::int64_t K, Address b,
+                std::int64_t U, std::int64_t b_stride, Address C, int threads) {
+  cpu::cross_gram(buffer(a, dtype, T, a_stride, bounds, K), buffer(b, dtype, U, b_stride, bounds, K),
+                  pointer<double>(C), threads);
+}
+
 void combine(Address data, int dtype, std::int64_t T, std::int64_t row_stride, Address bounds, std::int64_t K,
              Address weights, Address out, int out_dtype, int threads) {
   cpu::combine(buffer(data, dtype, T, row_stride, bounds, K), pointer<const double>(weights),
@@ -101,6 +107,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Native CPU kernels. Use them through gradvac_kernels.ops: addresses are not checked here.";
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
   m.def("gram", &gram, unlocked);
+  m.def("cross_gram", &cross_gram, unlocked);
   m.def("coefficients", &coefficients, unlocked);
   m.def("combine", &combine, unlocked);
   m.def("vaccinate", &vaccinate, unlocked);

@@ -5,10 +5,6 @@
 
 namespace gradvac::cpu {
 
-namespace {
-constexpr std::int64_t kSmallGroup = 4096;  // columns
-}
-
 GramPhase::GramPhase(const Buffer& grads, const Segments& segments, int threads)
     : grads_(grads),
       segments_(segments),
@@ -20,10 +16,9 @@ GramPhase::GramPhase(const Buffer& grads, const Segments& segments, int threads)
 
 void GramPhase::measure(std::int64_t segment, int thread) {
   const Segment& columns = segments_[segment];
-  const std::int64_t* group = grads_.bounds + 2 * columns.group;
   variant_.gram[static_cast<int>(grads_.dtype)](grads_.data, grads_.T, grads_.row_stride, columns.begin, columns.end,
-                                                group[1] - group[0] <= kSmallGroup, &scratch_[scratch_size_ * thread],
-                                                &packed_[packed_size_ * segment]);
+                                                is_small_group(grads_, columns.group),
+                                                &scratch_[scratch_size_ * thread], &packed_[packed_size_ * segment]);
 }
 
 void GramPhase::add_up(std::int64_t group, double* G) const {

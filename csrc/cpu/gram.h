@@ -262,14 +262,25 @@ void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, d
   }
 }
 
-template <class From, class Direct, class SmallPacked, class LargeDirect, class LargePacked>
+// How a type is measured: whole tiles and packed ones, of few rows and of many.
+template <class From_, class Direct_, class Packed_, class LargeDirect_, class LargePacked_>
+struct Ways {
+  using From = From_;
+  using Direct = Direct_;
+  using Packed = Packed_;
+  using LargeDirect = LargeDirect_;
+  using LargePacked = LargePacked_;
+};
+
+template <class Ways>
 void gram(const void* data, int64_t T, int64_t row_stride, int64_t begin, int64_t end, bool small_group,
           double* scratch, double* packed) {
+  using From = typename Ways::From;
   void* buffer = scratch + sums_size(T);
   for (int64_t s = 0; s < sums_size(T); ++s) scratch[s] = 0;
   auto add = small_group       ? add_columns<From, InDoubles<From>, InDoubles<double>>
-             : T <= kExactRows ? add_columns<From, Direct, SmallPacked>
-                               : add_columns<From, LargeDirect, LargePacked>;
+             : T <= kExactRows ? add_columns<From, typename Ways::Direct, typename Ways::Packed>
+                               : add_columns<From, typename Ways::LargeDirect, typename Ways::LargePacked>;
   add(static_cast<const From*>(data) + begin, T, row_stride, end - begin, scratch, buffer);
   for (int64_t i = 0; i < T; ++i) {
     for (int64_t j = 0; j <= i; ++j) {

@@ -1,6 +1,7 @@
 // One variant's table. Each variant_*.cpp sets GRADVAC_VARIANT and GRADVAC_SUPPORTED and includes this.
 #include "ceilings.h"
 #include "combine.h"
+#include "cross_gram.h"
 #include "gram.h"
 #include "variants.h"
 
@@ -11,17 +12,19 @@ namespace gradvac::cpu::GRADVAC_VARIANT {
 
 static bool supported() { return GRADVAC_SUPPORTED; }
 
+using Float32Ways = Ways<float, InDoubles<float>, InDoubles<double>, InFloats<float>, InFloats<float>>;
+using Bfloat16Ways = Ways<Bfloat16, InFloats<Bfloat16>, PackedBfloat16, InFloats<Bfloat16>, PackedBfloat16>;
+using Float16Ways = Ways<Float16, InDoubles<Float16>, InDoubles<double>, void, InFloats<float>>;
+using Float64Ways = Ways<double, InDoubles<double>, InDoubles<double>, InDoubles<double>, InDoubles<double>>;
+
 extern const Variant table;
 const Variant table = {
     GRADVAC_TEXT(GRADVAC_VARIANT),
     supported,
     gram_scratch,
-    {
-        gram<float, InDoubles<float>, InDoubles<double>, InFloats<float>, InFloats<float>>,
-        gram<Bfloat16, InFloats<Bfloat16>, PackedBfloat16, InFloats<Bfloat16>, PackedBfloat16>,
-        gram<Float16, InDoubles<Float16>, InDoubles<double>, void, InFloats<float>>,
-        gram<double, InDoubles<double>, InDoubles<double>, InDoubles<double>, InDoubles<double>>,
-    },
+    {gram<Float32Ways>, gram<Bfloat16Ways>, gram<Float16Ways>, gram<Float64Ways>},
+    cross_gram_scratch,
+    {cross_gram<Float32Ways>, cross_gram<Bfloat16Ways>, cross_gram<Float16Ways>, cross_gram<Float64Ways>},
     {combine<float>, combine<Bfloat16>, combine<Float16>, combine<double>},
     read_all,
     multiply_add,

@@ -87,6 +87,11 @@ PYBIND11_MODULE(GRADVAC_MODULE, m) {
                    const py::int_& stream) {
     check(cuda::gram(buffer(grads), plan(groups), scratch(memory), pointer<double>(G), pointer<void>(stream)));
   });
+  m.def("cross_gram", [](const py::tuple& a, const py::tuple& b, const py::tuple& groups, const py::int_& sums,
+                         const py::int_& C, const py::int_& stream) {
+    check(cuda::cross_gram(buffer(a), buffer(b), plan(groups), pointer<double>(sums), pointer<double>(C),
+                           pointer<void>(stream)));
+  });
   m.def("coefficients", [](const py::int_& G, std::int64_t K, std::int64_t T, const py::tuple& rule,
                            const py::tuple& memory, const py::int_& stream) {
     check(cuda::coefficients(pointer<const double>(G), K, T, vaccine(rule), scratch(memory), pointer<void>(stream)));

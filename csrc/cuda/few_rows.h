@@ -48,7 +48,7 @@ __device__ inline void finish_group(const Task& task, std::int64_t group, std::i
   const std::int64_t T = task.rows.T;
   const int thread = static_cast<int>(threadIdx.x);
   double* G = task.G + group * T * T;
-  add_up(task.scratch.sums, first, last, T, 0, pairs_of(T), bench.sums, G);
+  add_up(Triangle{task.rows}, task.scratch.sums, first, last, 0, pairs_of(T), bench.sums, G);
   if (!task.vaccinates) return;
   for (std::int64_t e = thread; e < T * T; e += O::kThreads) bench.G[e] = load_shared_by_blocks(G + e);
   __syncthreads();
@@ -78,7 +78,7 @@ __device__ inline bool take_piece(const Task& task, std::int64_t index, Bench<O>
   const std::int64_t last = load_constant(task.plan.first_piece + piece.group + 1);
   double* sums = task.scratch.sums + index * pairs_of(task.rows.T);
   if (is_short(piece, last - first == 1)) {
-    measure_exactly<E>(task.rows, piece, sums);
+    measure_exactly<E>(Triangle{task.rows}, piece, sums);
   } else {
     measure_outer<E, O>(task.rows, piece, bench.sums, sums, keep);
   }

@@ -36,6 +36,28 @@ __device__ inline void entry_of(std::int64_t pair, std::int64_t* i, std::int64_t
   *j = pair - pairs_of(row);
 }
 
+GRADVAC_HD inline std::int64_t along(std::int64_t rows, int height) { return (rows + height - 1) / height; }
+
+// All pairs of rows of one buffer: a triangle of entries, and of blocks of `height` x `height` of them.
+struct Triangle {
+  Rows rows;
+
+  GRADVAC_HD std::int64_t count() const { return pairs_of(rows.T); }
+  GRADVAC_HD std::int64_t blocks(int height) const { return pairs_of(along(rows.T, height)); }
+  __device__ void block_at(std::int64_t which, int, std::int64_t* block, std::int64_t* other) const {
+    entry_of(which, block, other);
+  }
+  __device__ const Rows& side(int) const { return rows; }
+  __device__ bool has(std::int64_t i, std::int64_t j) const { return j <= i && i < rows.T; }
+  __device__ std::int64_t place(std::int64_t i, std::int64_t j) const { return pairs_of(i) + j; }
+  __device__ void write(double* G, std::int64_t pair, double sum) const {
+    std::int64_t i, j;
+    entry_of(pair, &i, &j);
+    G[i * rows.T + j] = sum;
+    G[j * rows.T + i] = sum;
+  }
+};
+
 // ---- few rows: outer products in registers
 
 // How T <= rows rows are measured: by `threads` threads, each of which keeps the sums of all pairs.
@@ -127,17 +149,15 @@ __device__ inline void measure_outer(const Rows& rows, const Piece& piece, doubl
 
 constexpr int kBlock = 4;
 
-GRADVAC_HD inline std::int64_t blocks_of_rows(std::int64_t T) { return (T + kBlock - 1) / kBlock; }
-
 // `part` of `parts` of the pairs.
-template <class E>
-__device__ inline void measure_exactly(const Rows& rows, const Piece& piece, double* sums, std::int64_t part = 0,
+template <class E, class Pairs>
+__device__ inline void measure_exactly(const Pairs& pairs, const Piece& piece, double* sums, std::int64_t part = 0,
                                        std::int64_t parts = 1) {
-  const std::int64_t T = rows.T, blocks = blocks_of_rows(T);
+  const Rows &rows = pairs.side(0), &others = pairs.side(1);
   const int warps = static_cast<int>(blockDim.x) / kLanes;
-  for (std::int64_t which = part * warps + warp_of_block(); which < pairs_of(blocks); which += parts * warps) {
+  for (std::int64_t which = part * warps + warp_of_block(); which < pairs.blocks(kBlock); which += parts * warps) {
     std::int64_t block, other;
-    entry_of(which, &block, &other);
+    pairs.block_at(which, kBlock, &block, &other);
     double products[kBlock * kBlock] = {};
 #pragma unroll 2
     for (std::int64_t column = piece.begin + lane_of_warp(); column < piece.end; column += kLanes) {
@@ -145,8 +165,9 @@ __device__ inline void measure_exactly(const Rows& rows, const Piece& piece, dou
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
         const std::int64_t row = block * kBlock + i, column_row = other * kBlock + i;
-        x[i] = row < T ? static_cast<double>(E::number(load_constant(rows.row<E>(row) + column))) : 0.0;
-        y[i] = column_row < T ? static_cast<double>(E::number(load_constant(rows.row<E>(column_row) + column))) : 0.0;
+        x[i] = row < rows.T ? static_cast<double>(E::number(load_constant(rows.row<E>(row) + column))) : 0.0;
+        y[i] = column_row < others.T ? static_cast<double>(E::number(load_constant(others.row<E>(column_row) + column)))
+                                     : 0.0;
       }
 #pragma unroll
       for (int i = 0; i < kBlock; ++i) {
@@ -157,21 +178,22 @@ __device__ inline void measure_exactly(const Rows& rows, const Piece& piece, dou
     add_lanes(products);
     const int place = sum_at<kBlock * kBlock>(0);
     const std::int64_t i = block * kBlock + place / kBlock, j = other * kBlock + place % kBlock;
-    if (place < kBlock * kBlock && j <= i && i < T) sums[pairs_of(i) + j] = products[0];
+    if (place < kBlock * kBlock && pairs.has(i, j)) sums[pairs.place(i, j)] = products[0];
   }
   __syncthreads();
 }
 
 // ---- from the sums of pieces to Gram matrices
 
-// Entries `begin` .. `end` - 1 of the triangle of G [T, T], from the sums of a group's pieces, in their order; shares
-// [threads] doubles of shared memory.
-__device__ inline void add_up(const double* sums, std::int64_t first, std::int64_t last, std::int64_t T,
+// Pairs `begin` .. `end` - 1 of the group's matrix G, from the sums of its pieces, in their order; shares [threads]
+// doubles of shared memory.
+template <class Pairs>
+__device__ inline void add_up(const Pairs& pairs, const double* sums, std::int64_t first, std::int64_t last,
                               std::int64_t begin, std::int64_t end, double* shares, double* G) {
   constexpr int kAtOnce = 8;  // loads under way together
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-  const std::int64_t pairs = pairs_of(T);
-  const int together = pairs < threads ? static_cast<int>(pairs) : threads, slices = threads / together;
+  const std::int64_t count = pairs.count();
+  const int together = count < threads ? static_cast<int>(count) : threads, slices = threads / together;
   for (std::int64_t start = begin; start < end; start += together) {
     const std::int64_t pair = start + thread % together;
     const int slice = thread / together;
@@ -182,7 +204,7 @@ __device__ inline void add_up(const double* sums, std::int64_t first, std::int64
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) {
           const std::int64_t index = piece + u * slices;
-          parts[u] = index < last ? load_shared_by_blocks(sums + index * pairs + pair) : 0.0;
+          parts[u] = index < last ? load_shared_by_blocks(sums + index * count + pair) : 0.0;
         }
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) sum += parts[u];
@@ -192,10 +214,7 @@ __device__ inline void add_up(const double* sums, std::int64_t first, std::int64
     __syncthreads();
     if (slice == 0 && pair < end) {
       for (int other = 1; other < slices; ++other) sum += shares[other * together + thread];
-      std::int64_t i, j;
-      entry_of(pair, &i, &j);
-      G[i * T + j] = sum;
-      G[j * T + i] = sum;
+      pairs.write(G, pair, sum);
     }
     __syncthreads();
   }

@@ -24,34 +24,39 @@ __global__ void __launch_bounds__(O::kThreads, OnePass<E, O>::kBlocks)
 
 // ---- many rows: a block a piece and block of pairs; then the sums, then a warp a row
 
-template <class M>
-GRADVAC_HD std::int64_t pairs_of_matrices(std::int64_t T) {
-  return M::square ? pairs_of((T + M::kRows - 1) / M::kRows) : 1;
+// Not `square`: one matrix holds all pairs.
+template <class M, class Pairs>
+GRADVAC_HD std::int64_t matrices_of(const Pairs& pairs) {
+  return M::square ? pairs.blocks(M::kRows) : 1;
 }
 
 // Blocks that a piece is given: a short one has work for more than its matrices would take.
-template <class M>
-GRADVAC_HD std::int64_t blocks_of_piece(std::int64_t T) {
-  const std::int64_t matrices = pairs_of_matrices<M>(T), warps = pairs_of(blocks_of_rows(T));
+template <class M, class Pairs>
+GRADVAC_HD std::int64_t blocks_of_piece(const Pairs& pairs) {
+  const std::int64_t matrices = matrices_of<M>(pairs), warps = pairs.blocks(kBlock);
   const std::int64_t useful = (warps + M::kWarps - 1) / M::kWarps, most = 16;
   return matrices > most ? matrices : useful < most ? (useful > matrices ? useful : matrices) : most;
 }
 
+template <class E, class M, class Pairs>
+__device__ inline void measure_part(const Pairs& pairs, const Plan& plan, double* sums) {
+  const std::int64_t parts = blocks_of_piece<M>(pairs), part = blockIdx.x % parts, index = blockIdx.x / parts;
+  const Piece piece = load_piece(plan.pieces, index);
+  const std::int64_t first = load_constant(plan.first_piece + piece.group);
+  const std::int64_t last = load_constant(plan.first_piece + piece.group + 1);
+  sums += index * pairs.count();
+  if (is_short(piece, last - first == 1)) {
+    measure_exactly<E>(pairs, piece, sums, part, parts);
+  } else if (part < matrices_of<M>(pairs)) {
+    std::int64_t block = 0, other = 0;
+    if (M::square) pairs.block_at(part, M::kRows, &block, &other);
+    measure_matrix<E, M>(pairs, piece, block, other, shared_memory(), sums);
+  }
+}
+
 template <class E, class M>
 __global__ void __launch_bounds__(M::kThreads, M::kBlocks) measure_many_rows(Task task) {
-  const std::int64_t parts = blocks_of_piece<M>(task.rows.T), part = blockIdx.x % parts;
-  const std::int64_t index = blockIdx.x / parts;
-  const Piece piece = load_piece(task.plan.pieces, index);
-  const std::int64_t first = load_constant(task.plan.first_piece + piece.group);
-  const std::int64_t last = load_constant(task.plan.first_piece + piece.group + 1);
-  double* sums = task.scratch.sums + index * pairs_of(task.rows.T);
-  if (is_short(piece, last - first == 1)) {
-    measure_exactly<E>(task.rows, piece, sums, part, parts);
-  } else if (part < pairs_of_matrices<M>(task.rows.T)) {
-    std::int64_t block, other;
-    entry_of(part, &block, &other);
-    measure_matrix<E, M>(task.rows, piece, block, other, shared_memory(), sums);
-  }
+  measure_part<E, M>(Triangle{task.rows}, task.plan, task.scratch.sums);
 }
 
 constexpr int kExactThreads = 256;
@@ -59,18 +64,25 @@ constexpr int kExactThreads = 256;
 template <class E>
 __global__ void __launch_bounds__(kExactThreads) measure_in_double(Task task) {
   const Piece piece = load_piece(task.plan.pieces, blockIdx.x);
-  measure_exactly<E>(task.rows, piece, task.scratch.sums + blockIdx.x * pairs_of(task.rows.T));
+  measure_exactly<E>(Triangle{task.rows}, piece, task.scratch.sums + blockIdx.x * pairs_of(task.rows.T));
 }
 
 constexpr int kAddThreads = 256;
 
+// Blocks that a group's pairs take.
+GRADVAC_HD inline std::int64_t chunks_of(std::int64_t pairs) { return (pairs + kAddThreads - 1) / kAddThreads; }
+
+template <class Pairs>
+__device__ inline void add_up_chunk(const Pairs& pairs, const Plan& plan, const double* sums, double* G) {
+  const std::int64_t count = pairs.count(), group = blockIdx.x / chunks_of(count);
+  const std::int64_t begin = blockIdx.x % chunks_of(count) * kAddThreads, end = begin + kAddThreads;
+  add_up(pairs, sums, load_constant(plan.first_piece + group), load_constant(plan.first_piece + group + 1), begin,
+         end < count ? end : count, reinterpret_cast<double*>(shared_memory()),
+         G + group * pairs.side(0).T * pairs.side(1).T);
+}
+
 static __global__ void __launch_bounds__(kAddThreads) add_up_groups(Task task) {
-  const std::int64_t T = task.rows.T, pairs = pairs_of(T), chunks = (pairs + kAddThreads - 1) / kAddThreads;
-  const std::int64_t group = blockIdx.x / chunks, begin = blockIdx.x % chunks * kAddThreads;
-  add_up(task.scratch.sums, load_constant(task.plan.first_piece + group),
-         load_constant(task.plan.first_piece + group + 1), T, begin,
-         begin + kAddThreads < pairs ? begin + kAddThreads : pairs, reinterpret_cast<double*>(shared_memory()),
-         task.G + group * T * T);
+  add_up_chunk(Triangle{task.rows}, task.plan, task.scratch.sums, task.G);
 }
 
 // A warp a row of a group; the last one of the group adds up its weights.

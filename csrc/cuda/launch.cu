@@ -1,7 +1,7 @@
 // Which kernels make a call, by the type and the number of the rows.
 #include <algorithm>
 
-#include "kernels.h"
+#include "cross_gram.h"
 
 namespace gradvac::cuda {
 
@@ -69,7 +69,7 @@ Error measure_few(const Buffer& grads, const Task& task, Stream stream) {
 
 template <class E, class M>
 Error measure_blocks(const Task& task, Stream stream) {
-  const std::int64_t count = task.plan.num_pieces * blocks_of_piece<M>(task.rows.T);
+  const std::int64_t count = task.plan.num_pieces * blocks_of_piece<M>(Triangle{task.rows});
   if (count > kMostBlocks) return kTooMany;
   return launch(measure_many_rows<E, M>, {count, M::kThreads, M::kShared, false, stream}, task);
 }
@@ -86,9 +86,16 @@ Error measure_many(const Buffer& grads, const Task& task, Stream stream) {
       return measure_blocks<E, Matrix<4, true>>(task, stream);
     }
   }));
-  const std::int64_t chunks = (pairs_of(grads.T) + kAddThreads - 1) / kAddThreads;
-  if (task.plan.K * chunks > kMostBlocks) return kTooMany;
-  return launch(add_up_groups, {task.plan.K * chunks, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
+  const std::int64_t count = task.plan.K * chunks_of(pairs_of(grads.T));
+  if (count > kMostBlocks) return kTooMany;
+  return launch(add_up_groups, {count, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
+}
+
+template <class E, class M>
+Error measure_cross_blocks(const CrossTask& task, Stream stream) {
+  const std::int64_t count = task.plan.num_pieces * blocks_of_piece<M>(task.pairs);
+  if (count > kMostBlocks) return kTooMany;
+  return launch(measure_cross<E, M>, {count, M::kThreads, M::kShared, false, stream}, task);
 }
 
 // Whether a launch has anything to do.
@@ -110,6 +117,23 @@ Error gram(const Buffer& grads, const Plan& plan, const Scratch& scratch, double
   if (!has_few_rows(grads)) return measure_many(grads, task, stream);
   GRADVAC_TRY(clear_counters(scratch, plan.K, stream));
   return measure_few(grads, task, stream);
+}
+
+Error cross_gram(const Buffer& a, const Buffer& b, const Plan& plan, double* sums, double* C, Stream stream) {
+  const CrossTask task{{rows_of(a), rows_of(b)}, plan, sums, C};
+  const std::int64_t count = plan.K * chunks_of(task.pairs.count());
+  if (count == 0) return 0;
+  if (count > kMostBlocks) return kTooMany;
+  GRADVAC_TRY(with_element(a.dtype, [&](auto element) -> Error {
+    using E = decltype(element);
+    if constexpr (E::kWidth == 2) {
+      return launch(measure_cross_in_double<E>, {plan.num_pieces, kExactThreads, 0, false, stream}, task);
+    } else {
+      if (std::max(a.T, b.T) <= 16) return measure_cross_blocks<E, Matrix<2, true>>(task, stream);
+      return measure_cross_blocks<E, Matrix<4, true>>(task, stream);
+    }
+  }));
+  return launch(add_up_cross, {count, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
 }
 
 Error coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, const Scratch& scratch,

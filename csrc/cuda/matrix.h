@@ -86,7 +86,8 @@ struct Matrix {
   static constexpr int blocks = blocks_, kRows = 8 * blocks;
   static constexpr bool square = square_;
   static constexpr int kThreads = 256, kWarps = kThreads / kLanes;
-  static constexpr int kBlocks = square ? 1 : blocks <= 4 ? 2 : 0;  // of a multiprocessor; 0: as many as fit
+  // of a multiprocessor; 0: as many as fit
+  static constexpr int kBlocks = square ? (blocks <= 2 ? 2 : 1) : blocks <= 4 ? 2 : 0;
   // columns of 8 in the strip `strip` of 16 rows, and the tiles before it
   GRADVAC_HD static constexpr int width(int strip) { return square ? blocks : 2 * strip + 2; }
   GRADVAC_HD static constexpr int before(int strip) { return square ? blocks * strip : strip * (strip + 1); }
@@ -96,13 +97,13 @@ struct Matrix {
   static constexpr std::size_t kShared = sizeof(double) * kSums + sizeof(float) * kWarps * kHalf;
 };
 
-// Adds up the products of a piece of rows 8 block ... and 8 other ...; sums [T (T + 1) / 2], bench M::kShared bytes.
-template <class E, class M>
-__device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std::int64_t block, std::int64_t other,
+// Adds up the products of a piece of rows kRows block ... and kRows other ...; bench M::kShared bytes.
+template <class E, class M, class Pairs>
+__device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, std::int64_t block, std::int64_t other,
                                       char* bench, double* sums) {
   constexpr int kStep = M::kWarps * 4 * E::kWidth, kParts = E::kWidth / 4, kSides = M::square ? 2 : 1;
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp(), warp = warp_of_block();
-  const bool aligned = rows.aligned && piece.begin % E::kWidth == 0;
+  const bool aligned = pairs.side(0).aligned && pairs.side(1).aligned && piece.begin % E::kWidth == 0;
   double* totals = reinterpret_cast<double*>(bench);                    // [kSums], each place one thread's
   float* found_by_warps = reinterpret_cast<float*>(totals + M::kSums);  // [kWarps][kHalf]
   for (int place = thread; place < M::kSums; place += M::kThreads) totals[place] = 0;
@@ -116,6 +117,7 @@ __device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std:
       Fragment<E> fragments[kSides][M::blocks][kParts];
 #pragma unroll
       for (int side = 0; side < kSides; ++side) {
+        const Rows& rows = pairs.side(side);
         Vector vectors[M::blocks];
         const auto load_all = [&](bool at_once) {
 #pragma unroll
@@ -173,7 +175,7 @@ __device__ inline void measure_matrix(const Rows& rows, const Piece& piece, std:
     while (M::before(strip + 1) <= tile) ++strip;
     const std::int64_t i = block * M::kRows + 16 * strip + 8 * (e / 2) + lane / 4;
     const std::int64_t j = other * M::kRows + 8 * (tile - M::before(strip)) + 2 * (lane % 4) + e % 2;
-    if (j <= i && i < rows.T) sums[pairs_of(i) + j] = totals[place];
+    if (pairs.has(i, j)) sums[pairs.place(i, j)] = totals[place];
   }
 }
 

@@ -1,4 +1,5 @@
-"""The backends. Each is one module with the same face: gram, combine, vaccinate, and whether it can be used."""
+"""The backends. Each is one module with the same face: gram, cross_gram, coefficients, combine,
+vaccinate, and whether it can be used."""
 
 from __future__ import annotations
 

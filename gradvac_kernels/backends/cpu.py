@@ -55,6 +55,13 @@ def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     return G
 
 
+def cross_gram(a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """``C[k, i, j] = <a_ik, b_jk>``, [K, T, T'] float64."""
+    C = torch.empty(len(bounds), len(a), len(b), dtype=torch.float64)
+    _cpu.cross_gram(*_buffer(a, bounds), b.data_ptr(), len(b), b.stride(0), C.data_ptr(), torch.get_num_threads())
+    return C
+
+
 def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:
     """``out[p] = sum_j weights[k(p), j] * grads[j, p]``."""
     _cpu.combine(

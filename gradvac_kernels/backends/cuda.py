@@ -64,6 +64,18 @@ def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     return G
 
 
+def cross_gram(a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """``C[k, i, j] = <a_ik, b_jk>``, [K, T, T'] float64."""
+    C = a.new_empty(len(bounds), len(a), len(b), dtype=torch.float64)
+    if C.numel() == 0:
+        return C
+    with _current(a.device):
+        plan = _make_plan(_edges(bounds), max(len(a), len(b)), a.device)
+        sums = C.new_empty(len(plan.pieces), len(a), len(b))
+        _cuda.cross_gram(_buffer(a), _buffer(b), plan.arguments, sums.data_ptr(), C.data_ptr(), _stream(a.device))
+    return C
+
+
 def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:
     """``out[p] = sum_j weights[k(p), j] * grads[j, p]``."""
     with _current(grads.device):
@@ -134,7 +146,11 @@ class _Plan(NamedTuple):
 
 def _plan(grads: torch.Tensor, bounds: torch.Tensor) -> _Plan:
     _check_rows("grads", len(grads))
-    return _make_plan(tuple(bounds.flatten().tolist()), len(grads), grads.device)
+    return _make_plan(_edges(bounds), len(grads), grads.device)
+
+
+def _edges(bounds: torch.Tensor) -> tuple[int, ...]:
+    return tuple(bounds.flatten().tolist())
 
 
 def _check_rows(name: str, num_rows: int) -> None:

@@ -13,7 +13,7 @@ from ..rows import turnable_rows
 
 def _columns_at_once(grads: torch.Tensor) -> int:
     """Columns taken to float64 together: little memory; on a GPU more, where every call is a launch."""
-    return 1 << 12 if grads.device.type == "cpu" else max(1 << 12, (1 << 22) // len(grads))
+    return 1 << 12 if grads.device.type == "cpu" else max(1 << 12, (1 << 22) // max(1, len(grads)))
 
 
 def why_unavailable() -> str | None:
@@ -35,6 +35,17 @@ def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
             block = grads[:, column : min(column + columns, end)].double()
             G[k] += block @ block.T
     return G.tril() + G.tril(-1).mT  # BLAS may round the two halves differently
+
+
+def cross_gram(a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """``C[k, i, j] = <a_ik, b_jk>``, [K, T, T'] float64."""
+    C = a.new_zeros(len(bounds), len(a), len(b), dtype=torch.float64)
+    columns = _columns_at_once(a if len(a) > len(b) else b)
+    for k, (begin, end) in enumerate(bounds.tolist()):
+        for column in range(begin, end, columns):
+            stop = min(column + columns, end)
+            C[k] += a[:, column:stop].double() @ b[:, column:stop].double().T
+    return C
 
 
 def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:

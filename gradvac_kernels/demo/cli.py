@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -65,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _plain(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments as JSON has them."""
     values = vars(options) | {"output": str(options.output)}
+    if options.temperature is not None and math.isinf(options.temperature):
+        values["temperature"] = "inf"  # JSON has none
     return values | {"compare": [arm.name for arm in options.compare or ()]}
 
 
@@ -168,7 +171,10 @@ def _cosine(text: str) -> float:
 def _seeds(text: str) -> list[int]:
     if "," not in text:
         return list(range(_positive(text)))
-    return [int(seed) for seed in text.split(",") if seed]
+    seeds = [int(seed) for seed in text.split(",") if seed]
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise argparse.ArgumentTypeError(f"expected different seeds, got {text!r}")
+    return seeds
 
 
 def _languages(text: str) -> list[str]:

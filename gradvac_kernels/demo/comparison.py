@@ -68,8 +68,10 @@ def report(results: Results) -> str:
     note = (
         f"Means over languages{' +- standard deviation over' if len(seeds) > 1 else ','} seed"
         f"{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}. Loss: nats a character, less is better; chrF: 0 to "
-        f"100, more is better. Turned are {', '.join(results['vaccinated'])}; low-resource are "
-        f"{', '.join(results['low_resource'])}. Step: median time over that of {first}."
+        f"100, more is better. gradvac, fixed and pcgrad turn {', '.join(results['vaccinated'])} only (PCGrad as "
+        f"published turns all); low-resource are {', '.join(results['low_resource']) or 'none'}. The learning rate was "
+        f"chosen for the plain sum. Step: median time over that of {first}, with {results['arguments']['jobs']} "
+        f"training{'s' * (results['arguments']['jobs'] > 1)} at a time."
     )
     paragraphs = (note, verdict(results))
     return "\n".join([header, below, rule, *rows, rule, *(textwrap.fill(text, WIDTH) for text in paragraphs)])
@@ -97,7 +99,7 @@ def verdict(results: Results) -> str:
     return (
         f"Differences from {first}, seed by seed, whose 95 % confidence interval excludes zero: "
         f"{'; '.join(beyond) or 'none'}. All others are within the noise of {len(seeds)} seeds; of {comparisons} "
-        f"differences looked at, chance alone puts {comparisons / 20:.0f} outside."
+        f"differences looked at, chance alone puts {comparisons / 20:.1f} outside."
     )
 
 

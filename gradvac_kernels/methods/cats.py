@@ -8,7 +8,7 @@ import torch
 
 from .. import checks
 from ..groups import ParameterGroups
-from .gradnorm import mean, relative
+from .gradnorm import mean
 from .weighting import Measured, State, Weighting
 
 
@@ -23,13 +23,15 @@ class CATS(Weighting):
     over the weights that are positive and of sum 1: alpha' G alpha, the squared length of the combined gradient,
     stands for the curvature (the empirical Fisher matrix) in its direction. This is our Gram form of the method: the
     paper's own constants and penalties are not in it. G is taken relative to the tasks' mean squared norm and L
-    relative to the mean loss, so that scales do not matter, and the descent direction is divided by 1 + lambda.
-    Instead of penalties, alpha is projected onto the simplex after every step, no weight below ``floor / N``.
+    relative to the mean of its absolute values, so that scales do not matter, and the descent direction is divided by
+    1 + lambda. Instead of penalties, alpha is projected onto the simplex after every step, no weight below
+    ``floor / N``. Tasks that are not in a step keep their weights, and the others share theirs as if they were all.
 
     The weights of a step are those learned before it, 1/N at first.
 
     Args:
-        budget: of alpha' G alpha; None is 1/N, what equal weights give for orthogonal gradients of equal norm.
+        budget: of alpha' G alpha; None is 1 over the number of tasks in the step, what equal weights give for
+            orthogonal gradients of equal norm.
         lr: step size of alpha, in units of 1/N.
         dual_lr: step size of lambda.
         interval: learn in every so many steps from the training gradients; None learns from nothing but
@@ -90,9 +92,10 @@ class CATS(Weighting):
         if given is None:
             raise ValueError("losses: expected the loss of each task, got None")
         step.weigh(G, groups, task_ids, dtype)
+        state = {name: value.clone() for name, value in step.state.items()}
         for measured in step.measured:
-            self._descend(measured, given, step.state)
-        self.num_tasks, self.state = step.num_tasks, step.state
+            self._descend(measured, given, state)
+        self.num_tasks, self.state = step.num_tasks, state
 
     def _initial(self, K: int, N: int) -> State:
         return {
@@ -111,15 +114,20 @@ class CATS(Weighting):
         ids, learned, multiplier = measured.task_ids, state["alpha"][measured.rows], state["multiplier"][measured.rows]
         N = learned.shape[1]
         usable = measured.usable & losses.isfinite()
+        count = usable.sum(1, keepdim=True, dtype=learned.dtype)  # [K, 1]
         alpha = torch.where(usable, learned[:, ids], 0.0)  # [K, T]
-        square = mean(measured.G.diagonal(dim1=1, dim2=2), usable)  # [K, 1]
-        Ga = (measured.G @ alpha.unsqueeze(2)).squeeze(2) / torch.where(square > 0, square, 1.0)
+        share = alpha.sum(1, keepdim=True)  # what these tasks have of the 1: theirs is a simplex of that size
+        part = torch.where(share > 0, alpha / share, 0.0)
+        square = mean(measured.G.diagonal(dim1=1, dim2=2), usable)
+        Ga = (measured.G * part[:, None, :]).sum(2) / torch.where(square > 0, square, 1.0)
+        size = mean(losses.abs().expand_as(alpha), usable)
         dual = multiplier[:, None]
-        slope = (relative(losses.expand_as(alpha), usable) + 2 * dual * Ga) / (1 + dual)
-        moved = project_to_simplex(alpha - self.lr / N * slope, usable, alpha.sum(1, keepdim=True), self.floor / N)
+        slope = (torch.where(size > 0, losses / size, 0.0) + 2 * dual * Ga) / (1 + dual)
+        step = self.lr * share / count.clamp(min=1.0)
+        moved = project_to_simplex(alpha - step * slope, usable, share, self.floor / N)
         learned[:, ids] = torch.where(usable, moved, learned[:, ids])
-        excess = (alpha * Ga).sum(1) - (1.0 / N if self.budget is None else self.budget)
-        multiplier += self.dual_lr * torch.where(usable.any(1), excess, 0.0)
+        budget = 1.0 / count.clamp(min=1.0)[:, 0] if self.budget is None else self.budget
+        multiplier += self.dual_lr * torch.where(usable.any(1), (part * Ga).sum(1) - budget, 0.0)
         multiplier.clamp_(min=0.0)
 
 

@@ -97,7 +97,7 @@ class Method(ABC):
             knows them, where the method needs any.
 
         Raises:
-            ValueError: the number of groups or of rows does not fit the calls before.
+            ValueError: the number of groups does not fit the calls before; in the context, what does not fit there.
         """
         step = self._begin(groups, num_rows, device)
         self._remember(step)
@@ -185,9 +185,16 @@ def check_task_ids(
         if num_rows != num_tasks:
             raise ValueError(f"task_ids: expected ids for the {num_rows} of {num_tasks} tasks in grads, got None")
         return None
-    if not isinstance(task_ids, torch.Tensor):
+    if isinstance(task_ids, torch.Tensor):
+        checks.check_tensor("task_ids", task_ids, (torch.int64,), (num_rows,))
+        if task_ids.device.type != "cpu":
+            return task_ids
+    else:
         task_ids = checks.check_ids("task_ids", task_ids)
-        checks.check_range("task_ids", task_ids, num_tasks)
-    elif task_ids.device.type == "cpu":
-        checks.check_range("task_ids", task_ids.tolist(), num_tasks)
+    listed = task_ids.tolist() if isinstance(task_ids, torch.Tensor) else list(task_ids)
+    checks.check_range("task_ids", listed, num_tasks)
+    if len(listed) != num_rows:
+        raise ValueError(f"task_ids: expected shape [{num_rows}], got [{len(listed)}]")
+    if len(set(listed)) != num_rows:
+        raise ValueError(f"task_ids: expected every task at most once, got {listed}")
     return task_ids

@@ -17,6 +17,7 @@ class MGDA(Weighting):
     In each parameter group the weights are the point of the simplex where ``w' G w`` is least: the update is the
     shortest vector of the gradients' convex hull, which no task objects to. The sum of the weights is 1, so the update
     is far shorter than the plain sum. A gradient that is zero in a group would make the update zero; it is left out.
+    On a GPU a call is some thousand small operations, whatever the number of groups.
     """
 
     def _weights(self, measured: Measured, state: State) -> torch.Tensor:
@@ -114,4 +115,4 @@ def _solve(factor: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _times(Q: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return (Q @ x.unsqueeze(2)).squeeze(2)
+    return (Q * x[:, None, :]).sum(2)  # a product of matrices may round a slab otherwise than all groups together

@@ -26,6 +26,8 @@ class Measured(NamedTuple):
     """``[T]`` int64, which task each row is."""
     rows: slice
     """Which of all K groups these are."""
+    noise: float
+    """Of the squares' size, what may be rounding."""
 
 
 State = dict[str, torch.Tensor]
@@ -80,6 +82,8 @@ class Weighting(Method):
             checks.check_tensor(f"state[{names[0]!r}]", state[names[0]], (torch.float64,), (None, num_tasks))
             for name, wanted in self._initial(len(state[names[0]]), num_tasks or 0).items():
                 checks.check_tensor(f"state[{name!r}]", state[name], (torch.float64,), tuple(wanted.shape))
+                if not bool((wanted.isnan() & state[name].isnan() | state[name].isfinite() & (state[name] >= 0)).all()):
+                    raise ValueError(f"state[{name!r}]: expected finite numbers of at least 0, got others")
         self.num_tasks, self.step = num_tasks, state["step"]
         self.state = {name: value.clone().contiguous() for name, value in learned.items()}
 
@@ -140,7 +144,7 @@ class WeightingStep:
         clean = torch.where(both, G, eye.to(G.dtype))
         given = ops.as_ids("task_ids", ids, G.device)
         task_ids = torch.arange(num_rows, device=G.device) if given is None else given
-        measured = Measured(clean, usable, task_ids, slice(first, first + len(groups)))
+        measured = Measured(clean, usable, task_ids, slice(first, first + len(groups)), limits.noise)
         weights = self._method._weights(measured, self.state)
         self.measured.append(measured)
         left_out = torch.where(square < limits.smallest, 0.0, 1.0)  # NaN is not below

@@ -37,6 +37,8 @@ struct Vaccine {
 };
 
 void gram(const Buffer& grads, double* G, int threads);
+// C [K, T, U] of a [T, P] and b [U, P] of one type and the same groups; they may overlap.
+void cross_gram(const Buffer& a, const Buffer& b, double* C, int threads);
 // The inner loop of Algorithm 1 for Gram matrices [K, T, T].
 void coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, int threads);
 void combine(const Buffer& grads, const double* weights, const Result& out, int threads);

@@ -71,6 +71,8 @@ Error probe_device();
 // The runtime that is linked in has a current device of its own: make it that of the memory.
 Error use_device(int device);
 Error gram(const Buffer& grads, const Plan& plan, const Scratch& scratch, double* G, Stream stream);
+// C [K, T, U] of a [T, P] and b [U, P] of one type; they may overlap. sums [num_pieces, T, U] is scratch.
+Error cross_gram(const Buffer& a, const Buffer& b, const Plan& plan, double* sums, double* C, Stream stream);
 // The inner loop of Algorithm 1 for Gram matrices [K, T, T].
 Error coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, const Scratch& scratch,
                    Stream stream);

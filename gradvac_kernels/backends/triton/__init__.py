@@ -20,7 +20,7 @@ try:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _OLDEST:
         _missing: str | None = f"it needs Triton {_OLDEST[0]}.{_OLDEST[1]} or newer, found {triton.__version__}"
     else:
-        from . import coefficient_kernels, combine_kernels, device, gram_kernels
+        from . import coefficient_kernels, combine_kernels, cross_gram_kernels, device, gram_kernels
         from .plan import Plan, make_plan
 
         _missing = None
@@ -44,6 +44,14 @@ def gram(grads: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """``G[k, i, j] = <g_ik, g_jk>``, [K, T, T] float64."""
     with device.current(grads.device):
         return gram_kernels.measure(grads, _plan(grads, bounds))[0]
+
+
+def cross_gram(a: torch.Tensor, b: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """``C[k, i, j] = <a_ik, b_jk>``, [K, T, T'] float64."""
+    if len(a) == 0 or len(b) == 0:
+        return a.new_empty(len(bounds), len(a), len(b), dtype=torch.float64)
+    with device.current(a.device):
+        return cross_gram_kernels.cross_measure(a, b, _plan(a if len(a) > len(b) else b, bounds))
 
 
 def combine(grads: torch.Tensor, weights: torch.Tensor, bounds: torch.Tensor, out: torch.Tensor) -> None:

@@ -153,13 +153,16 @@ def _tile(p_grads, row_stride, o_rows, start, end, T, COLUMNS: tl.constexpr, WID
 
 @triton.jit
 def _products(
-    p_grads,
-    row_stride,
+    p_x,
+    x_stride,
+    T,
     o_rows,
+    p_y,
+    y_stride,
+    U,
     o_others,
     start,
     end,
-    T,
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -167,12 +170,12 @@ def _products(
     ONE_BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """[ROWS, ROWS] sums of products over COLUMNS columns."""
-    b_x = _tile(p_grads, row_stride, o_rows, start, end, T, COLUMNS, WIDTH, WHOLE)
+    """[ROWS, ROWS] sums of products, of rows of x [T, P] and of y [U, P], over COLUMNS columns."""
+    b_x = _tile(p_x, x_stride, o_rows, start, end, T, COLUMNS, WIDTH, WHOLE)
     if ONE_BLOCK:
         b_y = b_x
     else:
-        b_y = _tile(p_grads, row_stride, o_others, start, end, T, COLUMNS, WIDTH, WHOLE)
+        b_y = _tile(p_y, y_stride, o_others, start, end, U, COLUMNS, WIDTH, WHOLE)
     if WIDEN:  # the interpreter multiplies bfloat16 wrongly
         b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
     return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
@@ -180,12 +183,15 @@ def _products(
 
 @triton.jit
 def _chain(
-    p_grads,
-    row_stride,
+    p_x,
+    x_stride,
+    T,
     o_rows,
+    p_y,
+    y_stride,
+    U,
     o_others,
     start,
-    T,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
@@ -200,8 +206,8 @@ def _chain(
     b_chain = tl.zeros([ROWS, ROWS], tl.float32)
     for c in tl.static_range(CHAIN):
         b_products = _products(
-            p_grads, row_stride, o_rows, o_others, start + c * COLUMNS, end, T, COLUMNS, WIDTH, PRECISION, WHOLE,
-            ONE_BLOCK, WIDEN,
+            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start + c * COLUMNS, end, COLUMNS, WIDTH, PRECISION,
+            WHOLE, ONE_BLOCK, WIDEN,
         )  # fmt: skip
         b_chain = tl.fma(b_products, 1.0, b_chain)  # a plain + would be merged into the product
     return b_chain.to(tl.float64)
@@ -238,13 +244,14 @@ def dot(
     whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
     for start in range(begin, whole, CHAIN * COLUMNS):
         b_sums += _chain(
-            p_grads, row_stride, o_rows, o_others, start, T, ROWS, COLUMNS, CHAIN, WIDTH, PRECISION, ALIGNED, ONE_BLOCK,
-            WIDEN,
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, ROWS, COLUMNS, CHAIN, WIDTH,
+            PRECISION, ALIGNED, ONE_BLOCK, WIDEN,
         )  # fmt: skip
     for start in range(whole, end, COLUMNS):
         b_sums += _products(
-            p_grads, row_stride, o_rows, o_others, start, end, T, COLUMNS, WIDTH, PRECISION, False, ONE_BLOCK, WIDEN
-        ).to(tl.float64)
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, end, COLUMNS, WIDTH, PRECISION,
+            False, ONE_BLOCK, WIDEN,
+        ).to(tl.float64)  # fmt: skip
     p_out = p_sums + piece * T * T + o_rows[:, None] * T + o_others[None, :]
     tl.store(p_out, b_sums, mask=(o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None])
 
@@ -253,16 +260,18 @@ def dot(
 
 
 @triton.jit
-def _double_products(p_grads, row_stride, o_rows, o_others, begin, end, T, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """[ROWS, ROWS] sums of products over columns, in float64."""
+def _double_products(
+    p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, begin, end, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """[ROWS, ROWS] sums of products, of rows of x [T, P] and of y [U, P], over columns, in float64."""
     b_sums = tl.zeros([ROWS, ROWS, LANES], tl.float64)
     for start in range(begin, end, LANES):
         o_columns = start + tl.arange(0, LANES)
         m_columns = (o_columns < end)[None, :]
-        p_x = p_grads + o_rows[:, None] * row_stride + o_columns[None, :]
-        p_y = p_grads + o_others[:, None] * row_stride + o_columns[None, :]
-        b_x = tl.load(p_x, mask=m_columns & (o_rows < T)[:, None], other=0).to(tl.float64)
-        b_y = tl.load(p_y, mask=m_columns & (o_others < T)[:, None], other=0).to(tl.float64)
+        p_rows = p_x + o_rows[:, None] * x_stride + o_columns[None, :]
+        p_others = p_y + o_others[:, None] * y_stride + o_columns[None, :]
+        b_x = tl.load(p_rows, mask=m_columns & (o_rows < T)[:, None], other=0).to(tl.float64)
+        b_y = tl.load(p_others, mask=m_columns & (o_others < U)[:, None], other=0).to(tl.float64)
         b_sums += b_x[:, None, :] * b_y[None, :, :]
     return tl.sum(b_sums, 2)
 
@@ -284,9 +293,20 @@ def double(
     end = tl.load(p_pieces + 2 * piece + 1)
     o_rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     o_others = (other * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    b_sums = _double_products(p_grads, row_stride, o_rows, o_others, begin, end, T, ROWS, LANES)
+    b_sums = _double_products(p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, begin, end, ROWS, LANES)
     p_out = p_sums + piece * T * T + o_rows[:, None] * T + o_others[None, :]
     tl.store(p_out, b_sums, mask=(o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None])
+
+
+@triton.jit
+def _sum_of_pieces(p_sums, first, last, size, o_entries, m_entries, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """[ROWS, ROWS] entries of the pieces' sums, each ``size`` numbers, added up."""
+    b_sums = tl.zeros([ROWS, ROWS, LANES], tl.float64)
+    for start in range(first, last, LANES):
+        o_pieces = start + tl.arange(0, LANES)
+        p_in = p_sums + o_pieces[None, None, :] * size + o_entries[:, :, None]
+        b_sums += tl.load(p_in, mask=m_entries[:, :, None] & (o_pieces < last)[None, None, :], other=0)
+    return tl.sum(b_sums, 2)
 
 
 @triton.jit(do_not_specialize=["row_stride", "T"])
@@ -312,16 +332,13 @@ def add_up(
     o_entries = o_rows[:, None] * T + o_others[None, :]
     m_entries = (o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None]
     if first < last:
-        b_sums = tl.zeros([ROWS, ROWS, LANES], tl.float64)
-        for start in range(first, last, LANES):
-            o_pieces = start + tl.arange(0, LANES)
-            p_in = p_sums + o_pieces[None, None, :] * T * T + o_entries[:, :, None]
-            b_sums += tl.load(p_in, mask=m_entries[:, :, None] & (o_pieces < last)[None, None, :], other=0)
-        b_G = tl.sum(b_sums, 2)
+        b_G = _sum_of_pieces(p_sums, first, last, T * T, o_entries, m_entries, ROWS, LANES)
     else:
         begin = tl.load(p_bounds + 2 * group)
         end = tl.load(p_bounds + 2 * group + 1)
-        b_G = _double_products(p_grads, row_stride, o_rows, o_others, begin, end, T, ROWS, LANES)
+        b_G = _double_products(
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, begin, end, ROWS, LANES
+        )
     p_out = p_G + group * T * T
     tl.store(p_out + o_entries, b_G, mask=m_entries)
     tl.store(p_out + o_others[None, :] * T + o_rows[:, None], b_G, mask=m_entries)
@@ -345,6 +362,11 @@ class Config(NamedTuple):
     chain: int = 1
     registers: int | None = None  # a thread, where the compiler is not to decide
 
+    def options(self) -> dict[str, int]:
+        """Of the launch."""
+        limit = {"maxnreg": self.registers} if self.registers and not torch.version.hip else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+
 
 MOST_ROWS = 2880  # the pairs of blocks of 8 are the second dimension of a grid, which ends at 65535
 
@@ -354,15 +376,26 @@ def width(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Of matrix units: products of 16 bits are exact, those of float32 are six of its three parts."""
+    return "ieee" if dtype.itemsize == 2 or device.INTERPRETED else "bf16x6"
+
+
 def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
     """The configuration for T rows: what fits the registers, and reads memory as fast as it comes."""
     T, size = num_rows, dtype.itemsize
-    if size == 8:
-        return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
-    if T <= (8 if size == 2 else 13):
+    if T <= (8 if size == 2 else 0 if size == 8 else 13):
         registers = 255 if T > 8 else 128 if size == 4 else 168
         lanes = 128 if T <= 2 else 64 if T <= 4 else 32  # few rows: more loads of each under way
         return Config("outer", T, lanes * width(dtype), num_warps=1, registers=registers)
+    return choose_blocks(T, dtype)
+
+
+def choose_blocks(num_rows: int, dtype: torch.dtype) -> Config:
+    """That by blocks of pairs, for any number of rows."""
+    T, size = num_rows, dtype.itemsize
+    if size == 8:
+        return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
     rows = 16 if T <= 16 else 32 if T <= 32 else 64
     if size == 2:  # half the warps: a thread loads 16 bytes all the same
         registers = 128 if rows == 32 else None
@@ -388,9 +421,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
     arrived = grads.new_empty(K, dtype=torch.int32)
     if pieces:
         arguments = (grads, row_stride, plan.pieces, sums)
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        if config.registers and not torch.version.hip:
-            options["maxnreg"] = config.registers
+        options = config.options()
         grid = (pieces, block_pairs(T, config.rows))
         if config.kernel == "outer":
             lanes = config.columns // width(dtype)
@@ -403,7 +434,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
                 config.columns,
                 config.chain,
                 width(dtype),
-                "ieee" if dtype.itemsize == 2 or device.INTERPRETED else "bf16x6",
+                precision(dtype),
                 device.aligned(grads) and plan.alignment % width(dtype) == 0,
                 grid[1] == 1,
                 device.INTERPRETED,
