@@ -232,7 +232,8 @@ def demo() -> str:
         "similarity": "Languages clustered by the similarity of their gradients",
         "control": "Two independent batches of every language: itself on the diagonal, the others beside it",
     }
-    pictures = [f"![{title}]({folder / name}.png)" for name, title in titles.items()]
+    found = {folder / f"{name}.png": title for name, title in titles.items()}
+    pictures = [f"![{title}]({path})" for path, title in found.items() if (_ROOT / path).exists()]
     parts = [*pictures, f"```text\n{table}\n```", *notes]
     if (_ROOT / folder / "comparison.txt").exists():
         compared = (_ROOT / folder / "comparison.txt").read_text().rstrip()

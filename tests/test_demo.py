@@ -325,6 +325,36 @@ def test_arms_are_read_as_they_are_named(text, arm):
     assert arm.name == text
 
 
+def test_every_arm_gets_its_method():
+    options = Namespace(languages=list(SMALL), beta=0.1, target=0.4)
+    made = {name: arms.make_method(arms.Arm(name, "all_layer", None), options, ["oc"], seed=3) for name in arms.METHODS}
+    assert {name: getattr(method, "target", "none") for name, method in made.items()} == {
+        **dict.fromkeys(arms.METHODS, "none"),
+        **{"gradvac": None, "pcgrad": 0.0, "fixed": 0.4},
+    }
+    for name in arms.TURNING:
+        assert (made[name].vaccinated, made[name].beta, made[name].seed) == ((3,), 0.1, 3)
+    assert [type(made[name]).__name__ for name in ("mgda", "gradnorm", "cats", "sum")] == [
+        *("MGDA", "GradNorm", "CATS", "Sum")
+    ]
+
+
+def test_a_run_of_a_comparison_trains_as_its_arm_says():
+    options = Namespace(
+        **{"languages": list(SMALL), "held_out": 20, "steps": 2, "batch_size": 4, "measure_every": 1, "jobs": 1},
+        **{"vaccinated": None, "beta": 0.1, "target": 0.4, "capture": "stream"},
+    )
+    losses = {}
+    for text in ("sum", "sum@1", "mgda/whole_model", "mgda/all_matrix"):
+        arm = arms.parse(text, "all_layer", None)
+        losses[text] = experiment._train_one(options, arm, seed=0).loss
+        again = experiment.make_setting(options, arm.temperature)
+        if arm.method == "sum":
+            (record,) = train({"plain": lambda model, again=again: PlainSum(model, again)}, again, seed=0).values()
+            assert losses[text] == pytest.approx(record.held_out[2], rel=1e-5)
+    assert len({tuple(round(loss, 4) for loss in found) for found in losses.values()}) == 4
+
+
 @pytest.mark.parametrize("text", ["", "adam", "gradvac/layers", "sum@0", "sum@x"])
 def test_what_is_no_arm_is_refused(text):
     with pytest.raises(ValueError, match=r"expected|could not convert"):

@@ -55,16 +55,19 @@ class FromTorchJD(Weighting):
         Raises:
             NotImplementedError: it keeps something: TorchJD (0.18) has no way to save that.
         """
-        from torchjd import Stateful
-
-        if isinstance(self.weighting, Stateful):
+        if self._is_stateful():
             raise NotImplementedError(
                 f"state_dict: {type(self.weighting).__name__} keeps a state that TorchJD cannot save or load"
             )
         return super().state_dict()
 
+    def _is_stateful(self) -> bool:
+        from torchjd import Stateful
+
+        return isinstance(self.weighting, Stateful)
+
     def _begin(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> WeightingStep:
-        self._trial = copy.deepcopy(self._copies)
+        self._trial = copy.deepcopy(self._copies) if self._is_stateful() else self._copies
         return super()._begin(groups, num_rows, device)
 
     def _commit(self, step: WeightingStep) -> None:
