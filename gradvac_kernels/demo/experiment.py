@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,11 +31,11 @@ def run(options: argparse.Namespace, setting: Setting) -> Results:
     chosen = arms.Arm(options.method, options.granularity, options.temperature)
     runs = Runs([], [])
     for seed in options.seeds:
-        made: list[Aligned] = []
+        control = data.batches(setting.split.train, CONTROL_SIZE, CONTROL_SEED + seed)
         records = train(
             {
                 "plain": partial(PlainSum, setting=setting),
-                "method": _aligned(chosen, options, setting, vaccinated, seed, control=True, made=made),
+                "method": _make_arm(chosen, options, setting, vaccinated, seed, control=control),
             },
             setting,
             seed,
@@ -43,7 +44,9 @@ def run(options: argparse.Namespace, setting: Setting) -> Results:
             record.names = translations(record.model, setting.vocabulary, setting.split.held_out)
             runs.arms()[name].append(record)
         if seed == options.seeds[0]:
-            made[0].tracker.to_csv(Path(options.output) / "similarity.csv")
+            tracker = records["method"].tracker
+            assert tracker is not None  # this arm keeps one
+            tracker.to_csv(Path(options.output) / "similarity.csv")
     return gather(setting, runs, low, vaccinated)
 
 
@@ -70,35 +73,22 @@ def _train_one(options: argparse.Namespace, arm: arms.Arm, seed: int) -> compari
     setting = make_setting(options, arm.temperature)
     setting.measure_every = options.steps + 1  # nothing is measured but the first step
     vaccinated = options.vaccinated or data.low_resource(setting.split.train) or options.languages
-    make = (
-        partial(PlainSum, setting=setting) if arm.method == "sum" else _aligned(arm, options, setting, vaccinated, seed)
-    )
+    make: MakeArm = partial(PlainSum, setting=setting)
+    if arm.method != "sum":
+        make = _make_arm(arm, options, setting, vaccinated, seed)
     (record,) = train({arm.name: make}, setting, seed, quiet=options.jobs > 1).values()
     names = translations(record.model, setting.vocabulary, setting.split.held_out)
     held_out = setting.split.held_out
     return comparison.Run(record.held_out[setting.steps], chrf(names, held_out), record.step_seconds)
 
 
-def _aligned(
-    arm: arms.Arm,
-    options: argparse.Namespace,
-    setting: Setting,
-    vaccinated: Sequence[str],
-    seed: int,
-    control: bool = False,
-    made: list[Aligned] | None = None,
+def _make_arm(
+    arm: arms.Arm, options: argparse.Namespace, setting: Setting, vaccinated: Sequence[str], seed: int, **more: Any
 ) -> MakeArm:
-    """Makes the arm for a model; ``made`` gets it too."""
-
-    def make(model: object) -> Aligned:
-        others = data.batches(setting.split.train, CONTROL_SIZE, CONTROL_SEED + seed) if control else None
-        method = arms.make_method(arm, options, vaccinated, seed)
-        aligned = Aligned(model, setting, arm.granularity, method, options.capture, others)  # type: ignore[arg-type]
-        if made is not None:
-            made.append(aligned)
-        return aligned
-
-    return make
+    method = arms.make_method(arm, options, vaccinated, seed)
+    return partial(
+        Aligned, setting=setting, granularity=arm.granularity, method=method, capture=options.capture, **more
+    )
 
 
 def make_setting(options: argparse.Namespace, temperature: float | None = None) -> Setting:

@@ -49,6 +49,7 @@ class Record:
     apply_seconds: list[float] = field(default_factory=list)
     names: dict[str, list[str]] = field(default_factory=dict)  # by language, what the trained model wrote
     weights: list[list[float]] = field(default_factory=list)  # [steps, T], the mean over the groups
+    tracker: gvk.SimilarityTracker | None = None
     tracker_seconds: list[float] = field(default_factory=list)
     layers: tuple[str, ...] = ()
     batch_cosines: dict[int, torch.Tensor] = field(default_factory=dict)  # steps done -> [L, T, T] of the layers
@@ -102,7 +103,7 @@ class Aligned:
         self._model, self._setting, self._capture, self._control = model, setting, capture, control
         self._tasks = gvk.TaskGradients(model, setting.languages, granularity=granularity, method=method)
         self._probe = [pairs[:PROBE] for pairs in setting.split.held_out.values()]
-        self.tracker = gvk.SimilarityTracker(self._tasks.groups, self._tasks.tasks, window=setting.measure_every)
+        self._tracker = gvk.SimilarityTracker(self._tasks.groups, self._tasks.tasks, window=setting.measure_every)
 
     def __call__(self, batches: list[list[data.Pair]], record: Record, measure: bool) -> tuple[torch.Tensor, float]:
         step = len(record.losses)
@@ -126,7 +127,8 @@ class Aligned:
         found, ids = self._tasks.last, self._tasks.last_task_ids
         assert found is not None
         begin = time.perf_counter()
-        self.tracker.update(found, ids)
+        self._tracker.update(found, ids)
+        record.tracker = self._tracker
         record.tracker_seconds.append(time.perf_counter() - begin)
         for counts, shown in (
             (record.measured, ~found.similarity.isnan()),

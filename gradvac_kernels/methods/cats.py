@@ -8,8 +8,7 @@ import torch
 
 from .. import checks
 from ..groups import ParameterGroups
-from .gradnorm import mean
-from .weighting import Measured, State, Weighting
+from .weighting import Measured, State, Weighting, mean
 
 
 class CATS(Weighting):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import checks
-from .weighting import Measured, State, Weighting
+from .weighting import Measured, State, Weighting, mean
 
 
 class GradNorm(Weighting):
@@ -58,11 +58,6 @@ class GradNorm(Weighting):
         moved = (w - self.lr * torch.sign(w * n - goal) * n).clamp(min=0.0)
         before, after = (torch.where(usable, x, 0.0).sum(1, keepdim=True) for x in (w, moved))
         learned[:, ids] = torch.where(usable & (after > 0), moved * (before / after), w)
-
-
-def mean(values: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
-    """``[K, 1]``: the mean of the usable ones of ``[K, T]``."""
-    return torch.where(usable, values, 0.0).sum(1, keepdim=True) / usable.sum(1, keepdim=True).clamp(min=1)
 
 
 def relative(values: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:

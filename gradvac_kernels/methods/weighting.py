@@ -155,3 +155,8 @@ class WeightingStep:
             torch.where(both & ~eye, cosine, torch.nan),
             torch.zeros_like(both),
         )
+
+
+def mean(values: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """``[K, 1]``: the mean of the usable ones of ``[K, T]``."""
+    return torch.where(usable, values, 0.0).sum(1, keepdim=True) / usable.sum(1, keepdim=True).clamp(min=1)
