@@ -355,6 +355,39 @@ def test_a_run_of_a_comparison_trains_as_its_arm_says():
     assert len({tuple(round(loss, 4) for loss in found) for found in losses.values()}) == 4
 
 
+def test_a_comparison_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    options = Namespace(
+        **{"languages": list(SMALL), "held_out": 20, "steps": 2, "batch_size": 4, "measure_every": 1, "jobs": 1},
+        **{"vaccinated": None, "beta": 0.1, "target": 0.4, "capture": "stream", "output": tmp_path, "seeds": [0, 1]},
+        compare=[arms.parse(text, "all_layer", None) for text in ("sum", "sum@5")],
+    )
+    trained = []
+
+    def train_one(options, arm, seed):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((arm.name, seed))
+        return comparison.Run([float(len(trained))] * len(SMALL), [1.0] * len(SMALL), [0.1])
+
+    monkeypatch.setattr(experiment, "_train_one", train_one)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.compare(options)
+    del trained[:2]  # one more may be done now than was left
+    found = experiment.compare(options)
+    assert trained == [("sum", 1), ("sum@5", 1)]
+    assert found["arms"]["sum"]["loss"]["all"] == [1.0, 3.0]
+    assert found["arms"]["sum@5"]["loss"]["all"] == [2.0, 2.0]  # the second training since
+    assert not list(tmp_path.iterdir())
+
+    trained[:] = [("", 0)] * 2
+    with pytest.raises(KeyboardInterrupt):
+        experiment.compare(options)
+    trained.clear()
+    options.steps = 3
+    with pytest.raises(KeyboardInterrupt):  # three of four: the one of other arguments does not count
+        experiment.compare(options)
+
+
 @pytest.mark.parametrize("text", ["", "adam", "gradvac/layers", "sum@0", "sum@x"])
 def test_what_is_no_arm_is_refused(text):
     with pytest.raises(ValueError, match=r"expected|could not convert"):

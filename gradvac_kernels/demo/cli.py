@@ -119,7 +119,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--compare",
         metavar="ARMS",
-        help="instead of one method against the plain sum: these, separated by commas; see below",
+        help="instead of one method against the plain sum: these, separated by commas; see below. Stopped, the same "
+        "command goes on where it was",
     )
     add("--jobs", type=_positive, default=1, help="trainings of a comparison that run at the same time")
     add("--target", type=_cosine, default=0.5, help="similarity target of --method fixed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import starmap
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from . import arms, comparison, data
 from .evaluate import chrf, translations
+from .finished import Finished
 from .results import Results, Runs, gather
 from .train import Aligned, MakeArm, PlainSum, Setting, train
 from .vocabulary import Vocabulary
@@ -51,21 +52,28 @@ def run(options: argparse.Namespace, setting: Setting) -> Results:
 
 
 def compare(options: argparse.Namespace) -> Results:
-    """Train and evaluate all arms of ``--compare``, with ``--jobs`` at a time; figures by arm."""
+    """Train and evaluate all arms of ``--compare``, with ``--jobs`` at a time; figures by arm. Trainings that are done
+    are kept in ``runs.json`` until all are, and not done again."""
+    finished = Finished(options.output / "runs.json", options)
     runs = [(arm, seed) for seed in options.seeds for arm in options.compare]
-    train_one = partial(_train_one, options)
-    if options.jobs == 1:
-        found = list(starmap(train_one, runs))
-    else:
-        threads = max(1, torch.get_num_threads() // options.jobs)
-        context = multiprocessing.get_context("spawn")  # a fork would inherit threads that wait for ever
-        with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (threads,)) as pool:
-            found = list(tqdm(pool.map(train_one, *zip(*runs)), total=len(runs), unit="run"))
-    by_arm: dict[str, list[comparison.Run]] = {arm.name: [] for arm in options.compare}
-    for (arm, _), run in zip(runs, found):
-        by_arm[arm.name].append(run)
+    left = [run for run in runs if run not in finished]
+    for run, found in zip(left, _train_all(options, left)):
+        finished[run] = found
+    by_arm = {arm.name: [finished[arm, seed] for seed in options.seeds] for arm in options.compare}
+    finished.forget()
     low = data.low_resource(make_setting(options).split.train)
     return comparison.gather(options.languages, by_arm, low, options.vaccinated or low or options.languages)
+
+
+def _train_all(options: argparse.Namespace, runs: Sequence[tuple[arms.Arm, int]]) -> Iterator[comparison.Run]:
+    train_one = partial(_train_one, options)
+    if options.jobs == 1:
+        yield from starmap(train_one, runs)
+        return
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    context = multiprocessing.get_context("spawn")  # a fork would inherit threads that wait for ever
+    with ProcessPoolExecutor(options.jobs, context, torch.set_num_threads, (threads,)) as pool:
+        yield from tqdm(pool.map(train_one, *zip(*runs)), total=len(runs), unit="run")
 
 
 def _train_one(options: argparse.Namespace, arm: arms.Arm, seed: int) -> comparison.Run:
