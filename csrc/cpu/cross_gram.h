@@ -24,23 +24,24 @@ struct Side {
 template <class Policy, int M, int N>
 inline void add_cross_block(const Side<typename Policy::E>& a, const Side<typename Policy::E>& b, int64_t columns,
                             double* sums) {
-  typename Policy::Acc acc[M][N] = {};
-  for (int64_t column = 0; column < columns; column += Policy::kStep) {
-    typename Policy::Loaded left[M];
+  using Acc = typename Policy::Acc;
+  add_chains<Policy, M, N, false>(columns, sums, [&](Acc(&acc)[M][N], int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; column += Policy::kStep) {
+      typename Policy::Loaded left[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) left[m] = Policy::load(a.rows + m * a.stride + column);
+      for (int m = 0; m < M; ++m) left[m] = Policy::load(a.rows + m * a.stride + column);
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const typename Policy::Loaded right = Policy::load(b.rows + n * b.stride + column);
+      for (int n = 0; n < N; ++n) {
+        const typename Policy::Loaded right = Policy::load(b.rows + n * b.stride + column);
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+        for (int m = 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) __builtin_prefetch(a.rows + m * a.stride + column + a.ahead);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) __builtin_prefetch(b.rows + n * b.stride + column + b.ahead);
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) __builtin_prefetch(a.rows + m * a.stride + column + a.ahead);
-#pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) __builtin_prefetch(b.rows + n * b.stride + column + b.ahead);
-  }
-  add_sums<false>(acc, sums);
+  });
 }
 
 // The block that begins with these rows, as large as they are many.
@@ -60,9 +61,9 @@ template <class Policy>
 void add_cross_tile(const Side<typename Policy::E>& a, const Side<typename Policy::E>& b, int64_t columns,
                     double* sums) {
   const int64_t rows = blocks_of(a.T), others = blocks_of(b.T);
-  for (int64_t panel = 0; panel < others; panel += kPanel) {
+  for (int64_t panel = 0; panel < others; panel += Policy::kPanel) {
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = panel; j < smaller(others, panel + kPanel); ++j) {
+      for (int64_t j = panel; j < smaller(others, panel + Policy::kPanel); ++j) {
         add_largest_block<Policy>(a.from(i * kBlock, j == 0), b.from(j * kBlock, i == 0), columns,
                                   sums + (i * others + j) * kPairs);
       }

@@ -4,7 +4,8 @@
 // accumulators in registers over a tile of columns; a tile's sums are then added up in float64. Where reading memory is
 // what takes the time (T up to kExactRows), and in small groups, whose few columns make gradients nearly parallel, so
 // that every bit counts, products are accumulated in float64 throughout; else in float32 over chains of at most kChain
-// a lane. All this, and the order of all additions, depends on T and the number of columns only.
+// a lane, whose sums are added up over the tile. All this, and the order of all additions, depends on T and
+// the number of columns only.
 #pragma once
 
 #include <type_traits>
@@ -13,10 +14,8 @@
 
 namespace gradvac::cpu::GRADVAC_VARIANT {
 
-constexpr int64_t kExactRows = 16;
-constexpr int64_t kChain = 16;  // additions in float32 before float64 takes over
-
-constexpr int64_t kPanel = 6;  // blocks of rows that stay in the first-level cache while the others pass
+constexpr int64_t kExactRows = 8;
+constexpr int64_t kChain = 16;  // additions in float32 to one accumulator
 constexpr int kPairs = (kBlock * kBlock + 3) / 4 * 4;
 
 // ---- how elements become vectors and products become sums
@@ -27,8 +26,9 @@ struct InDoubles {
   using Acc = VecD;
   using Loaded = VecD;
   static constexpr int kStep = kDoubles;
+  static constexpr int64_t kPanel = 6;  // blocks of rows that stay in the first-level cache while the others pass
   // columns: 16 rows of floats fill two thirds of a first-level cache, and so do fewer rows of more columns
-  static int64_t tile(int64_t T) { return 512 * (T < kExactRows ? kExactRows / T : 1); }
+  static int64_t tile(int64_t T) { return 512 * (T < 16 ? 16 / T : 1); }
   static Loaded load(const E* p) { return load_doubles(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
@@ -39,7 +39,8 @@ struct InFloats {
   using Acc = VecF;
   using Loaded = VecF;
   static constexpr int kStep = kFloats;
-  static int64_t tile(int64_t) { return kChain * kFloats; }
+  static constexpr int64_t kPanel = 3;
+  static int64_t tile(int64_t) { return 2048 / static_cast<int64_t>(sizeof(E)); }
   static Loaded load(const E* p) { return load_floats(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
@@ -51,7 +52,8 @@ struct InFloats<Bfloat16> {  // products of bfloat16 are exact in float32; each 
   using Acc = VecF;
   using Loaded = __m512bh;
   static constexpr int kStep = 2 * kFloats;
-  static int64_t tile(int64_t) { return kChain * kFloats; }
+  static constexpr int64_t kPanel = 3;
+  static int64_t tile(int64_t) { return 2048 / static_cast<int64_t>(sizeof(E)); }
   static Loaded load(const E* p) { return bits<__m512bh>(_mm512_loadu_si512(p)); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return bits<VecF>(_mm512_dpbf16_ps(bits<__m512>(acc), a, b)); }
 };
@@ -65,6 +67,9 @@ using PackedBfloat16 = InFloats<float>;
 // sums += the sums over the lanes of the accumulators; on the diagonal, of those with n <= m.
 template <bool kDiagonal, class Acc, int M, int N>
 inline void add_sums(const Acc (&acc)[M][N], double* sums) {
+#if defined(__AVX512F__)
+  if constexpr (!kDiagonal && M * N == 16 && std::is_same_v<Acc, VecF>) return add_sums_of_sixteen(acc[0], sums);
+#endif
 #pragma GCC unroll 4
   for (int first = 0; first < kPairs; first += 4) {
     Acc four[4] = {};
@@ -77,27 +82,46 @@ inline void add_sums(const Acc (&acc)[M][N], double* sums) {
   }
 }
 
+// sums += the sums over the lanes of what add(accumulators, first column, last) accumulates.
+template <class Policy, int M, int N, bool kDiagonal, class Add>
+inline void add_chains(int64_t columns, double* sums, const Add& add) {
+  typename Policy::Acc acc[M][N] = {};
+  if constexpr (std::is_same_v<typename Policy::Acc, VecD>) {
+    add(acc, 0, columns);
+  } else {
+    constexpr int64_t kColumns = kChain * kFloats;
+    for (int64_t begin = 0; begin < columns; begin += kColumns) {
+      typename Policy::Acc chain[M][N] = {};
+      add(chain, begin, columns < begin + kColumns ? columns : begin + kColumns);
+#pragma GCC unroll 16
+      for (int pair = 0; pair < M * N; ++pair) acc[pair / N][pair % N] += chain[pair / N][pair % N];
+    }
+  }
+  add_sums<kDiagonal>(acc, sums);
+}
+
 // sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep. On the diagonal b is a and only n <= m is computed.
 // The rows a are asked for at `ahead`, where they will be read next: each block of a row of blocks asks for its share.
 template <class Policy, int M, int N, bool kDiagonal>
 inline void add_block(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
                       const char* ahead, int64_t ahead_stride, int64_t ahead_step, double* sums) {
-  typename Policy::Acc acc[M][N] = {};
-  for (int64_t column = 0; column < columns; column += Policy::kStep) {
-    typename Policy::Loaded left[M];
+  using Acc = typename Policy::Acc;
+  add_chains<Policy, M, N, kDiagonal>(columns, sums, [&](Acc(&acc)[M][N], int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; column += Policy::kStep) {
+      typename Policy::Loaded left[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) left[m] = Policy::load(a + m * stride + column);
+      for (int m = 0; m < M; ++m) left[m] = Policy::load(a + m * stride + column);
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) {
-      const typename Policy::Loaded right = kDiagonal ? left[n] : Policy::load(b + n * stride + column);
+      for (int n = 0; n < N; ++n) {
+        const typename Policy::Loaded right = kDiagonal ? left[n] : Policy::load(b + n * stride + column);
 #pragma GCC unroll 4
-      for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+        for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
+      ahead += ahead_step;
     }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
-    ahead += ahead_step;
-  }
-  add_sums<kDiagonal>(acc, sums);
+  });
 }
 
 // Where reading a vector also converts it, that is half of the work: a block below the diagonal and the one above it on
@@ -180,10 +204,10 @@ inline int64_t block_index(int64_t row, int64_t column) { return row * (row + 1)
 template <class Policy>
 void add_tile(const Tile<Policy>& tile, double* sums) {
   const int64_t blocks = blocks_of(tile.T);
-  for (int64_t panel = 0; panel < blocks; panel += kPanel) {
+  for (int64_t panel = 0; panel < blocks; panel += Policy::kPanel) {
     for (int64_t i = panel; i < blocks; ++i) {
       const int64_t height = smaller(kBlock, tile.T - i * kBlock);
-      for (int64_t j = panel; j < smaller(i, panel + kPanel); ++j) {
+      for (int64_t j = panel; j < smaller(i, panel + Policy::kPanel); ++j) {
         double* block = sums + block_index(i, j) * kPairs;
         if constexpr (kCorners<Policy>) {
           if (j + 1 == i) {
@@ -194,7 +218,7 @@ void add_tile(const Tile<Policy>& tile, double* sums) {
         tile.template add<false>(i, j, height, block);
       }
       // with corners, only the last block of the diagonal has nothing below it
-      if (i < panel + kPanel && (!kCorners<Policy> || i + 1 == blocks))
+      if (i < panel + Policy::kPanel && (!kCorners<Policy> || i + 1 == blocks))
         tile.template add<true>(i, i, height, sums + block_index(i, i) * kPairs);
     }
   }

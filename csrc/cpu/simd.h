@@ -201,13 +201,12 @@ inline void add_sums_of_four(const VecD* v, double* sums) {
 }
 
 inline void add_sums_of_four(const VecF* v, double* sums) {
-  const VecF fours = sum_fours(v[0], v[1], v[2], v[3]);  // lanes four apart are added in float64
+  const VecF fours = sum_fours(v[0], v[1], v[2], v[3]);
 #if defined(__AVX512F__)
-  const __m512 all = bits<__m512>(fours);
-  const VecD halves =
-      widen(bits<HalfF>(_mm512_castps512_ps256(all))) + widen(bits<HalfF>(_mm512_extractf32x8_ps(all, 1)));
-  _mm256_storeu_pd(sums, _mm256_loadu_pd(sums) + (_mm512_castpd512_pd256(bits<__m512d>(halves)) +
-                                                  _mm512_extractf64x4_pd(bits<__m512d>(halves), 1)));
+  const __m512 all = bits<__m512>(fours);  // the four sums over each 128 bits; those over 256 bits apart come first
+  const __m256 halves = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+  _mm256_storeu_pd(
+      sums, _mm256_loadu_pd(sums) + _mm256_cvtps_pd(_mm256_castps256_ps128(halves) + _mm256_extractf128_ps(halves, 1)));
 #elif defined(__AVX2__)
   const __m256 all = bits<__m256>(fours);
   store(sums, load<VecD>(sums) + (widen(bits<HalfF>(_mm256_castps256_ps128(all))) +
@@ -219,5 +218,25 @@ inline void add_sums_of_four(const VecF* v, double* sums) {
   store(sums + 2, load<VecD>(sums + 2) + widen(halves[1]));
 #endif
 }
+
+#if defined(__AVX512F__)
+// Of a and of b: the sums of what lies 256 bits apart.
+inline VecF sum_halves(VecF a, VecF b) {
+  const VecD x = bits<VecD>(a), y = bits<VecD>(b);
+  return bits<VecF>(GRADVAC_SHUFFLE_D(x, y, 0, 1, 2, 3, 8, 9, 10, 11)) +
+         bits<VecF>(GRADVAC_SHUFFLE_D(x, y, 4, 5, 6, 7, 12, 13, 14, 15));
+}
+
+// The same for sixteen vectors, by the same additions, with fewer shuffles.
+inline void add_sums_of_sixteen(const VecF* v, double* sums) {
+  const VecF a = sum_fours(v[0], v[1], v[2], v[3]), b = sum_fours(v[4], v[5], v[6], v[7]);
+  const VecF c = sum_fours(v[8], v[9], v[10], v[11]), d = sum_fours(v[12], v[13], v[14], v[15]);
+  const VecD ab = bits<VecD>(sum_halves(a, b)), cd = bits<VecD>(sum_halves(c, d));  // [a, a, b, b], [c, c, d, d]
+  const __m512 all = bits<__m512>(bits<VecF>(GRADVAC_SHUFFLE_D(ab, cd, 0, 1, 4, 5, 8, 9, 12, 13)) +
+                                  bits<VecF>(GRADVAC_SHUFFLE_D(ab, cd, 2, 3, 6, 7, 10, 11, 14, 15)));
+  store(sums, load<VecD>(sums) + widen(bits<HalfF>(_mm512_castps512_ps256(all))));
+  store(sums + kDoubles, load<VecD>(sums + kDoubles) + widen(bits<HalfF>(_mm512_extractf32x8_ps(all, 1))));
+}
+#endif
 
 }  // namespace gradvac::cpu::GRADVAC_VARIANT
