@@ -39,7 +39,7 @@ demo: $(READY)
 	$(PY) -m gradvac_kernels.demo $(ARGS)
 
 test: $(READY)
-	$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -62,8 +62,8 @@ def record(module, call) -> list:
     return launches
 
 
-def compile_launch(kernel, args, options, capability: int):
-    """As Triton would on the first launch, for another device."""
+def specialise(kernel, args, options) -> tuple[ASTSource, dict]:
+    """What Triton would compile on this launch, and with which options."""
     options = dict(options)
     settings = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
     bound = inspect.signature(kernel.fn).bind(*args, **options).arguments
@@ -79,8 +79,7 @@ def compile_launch(kernel, args, options, capability: int):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[parameter.name] = parameter.annotation_type or "i32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
+    return ASTSource(kernel, signature, constants, attributes), settings
 
 
 def resources(compiled) -> dict:
@@ -180,10 +179,17 @@ if __name__ == "__main__":
     parser.add_argument("kernel", nargs="?", default="", help="only launches whose kernel and case contain this")
     parser.add_argument("--capability", type=int, nargs="*", default=(80, 90, 100))
     chosen = parser.parse_args()
+    seen = set()
     for name, launches in cases():
         for kernel, args, options in launches:
-            if chosen.kernel in f"{kernel.fn.__name__} {name}":
-                for capability in chosen.capability:
-                    compiled = compile_launch(kernel, args, options, capability)
-                    line = {"kernel": kernel.fn.__name__, "case": name, "capability": capability}
-                    print(json.dumps({**line, **resources(compiled)}), flush=True)
+            if chosen.kernel not in f"{kernel.fn.__name__} {name}":
+                continue
+            source, settings = specialise(kernel, args, options)
+            same = (source.hash(), *sorted(settings.items()))
+            if same in seen:
+                continue
+            seen.add(same)
+            for capability in chosen.capability:
+                compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
+                line = {"kernel": kernel.fn.__name__, "case": name, "capability": capability}
+                print(json.dumps({**line, **resources(compiled)}), flush=True)

@@ -20,17 +20,38 @@ if not torch.cuda.is_available() and cuda_host.why_unavailable() is None:
     cuda._cuda, cuda._missing, cuda._DEVICE = cuda_host.load(), None, "cpu"
 
 if triton.why_unavailable() is None and triton.device.INTERPRETED:
-    # The interpreter's time goes by operations, however wide: longer vectors than a GPU
-    # takes, but no longer than the shortest piece, so that whole ones are read too.
-    from gradvac_kernels.backends.triton import gram_kernels
+    # The interpreter's time goes by operations, however wide: longer vectors than a GPU takes, but no longer than the
+    # shortest piece, so that whole ones are read too, nor than a float32 chain of matrix products may be.
+    from gradvac_kernels.backends.triton import cross_gram_kernels, gram_kernels
 
-    _choose_config = gram_kernels.choose_config
+    def _widen(choose):
+        def wide(num_rows, dtype):
+            config = choose(num_rows, dtype)
+            return config._replace(
+                columns=128 // config.chain if config.kernel == "dot" else min(8 * config.columns, 1024)
+            )
 
-    def _wide_config(num_rows, dtype):
-        config = _choose_config(num_rows, dtype)
-        return config if config.kernel == "dot" else config._replace(columns=min(8 * config.columns, 1024))
+        return wide
 
-    gram_kernels.choose_config = _wide_config
+    gram_kernels.choose_config = _widen(gram_kernels.choose_config)
+    cross_gram_kernels.choose_blocks = _widen(cross_gram_kernels.choose_blocks)
+    for _module in (gram_kernels, cross_gram_kernels):
+        _module.choose_sums = lambda num_rows: (8, 1024) if num_rows <= 40 else (32, 256)
+
+    # A call from kernel to function patches Triton's language anew, each time and for good, which takes most of the
+    # time: once a module is enough.
+    from triton.runtime import interpreter
+
+    _patch_and_call = interpreter.InterpretedFunction.__call__
+    _patched = set()
+
+    def _call(self, *args, **kwargs):
+        if self.fn.__module__ in _patched:
+            return self.rewrite()(*args, **kwargs)
+        _patched.add(self.fn.__module__)
+        return _patch_and_call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call
 
 
 def _on_the_host(name):

@@ -11,8 +11,6 @@ import pytest
 triton = pytest.importorskip("triton", reason="its cuobjdump is used")
 _cuda = pytest.importorskip("gradvac_kernels._cuda", reason="the CUDA kernels are not built: no nvcc")
 
-pytestmark = pytest.mark.xdist_group("compile")  # once, not in every worker
-
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 REGISTERS = 65536  # of a multiprocessor
 ELEMENTS = {"Float32": 4, "Bfloat16": 8, "Float16": 8, "Float64": 2}  # of 16 bytes

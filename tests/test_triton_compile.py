@@ -13,8 +13,6 @@ from gradvac_kernels.backends import triton
 if triton._missing is not None:  # no Triton here, or one that is too old
     pytest.skip(triton._missing, allow_module_level=True)
 
-pytestmark = pytest.mark.xdist_group("compile")  # once, not in every worker
-
 CAPABILITIES = (80, 90, 100)
 REGISTERS = 65536  # of a multiprocessor
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a multiprocessor gives to its blocks

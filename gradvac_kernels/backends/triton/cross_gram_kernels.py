@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from . import device
-from .gram_kernels import Config, _chain, _double_products, _products, _sum_of_pieces, choose_blocks, precision, width
+from .gram_kernels import (
+    Config,
+    _chain,
+    _double_products,
+    _products,
+    _sum_of_pieces,
+    choose_blocks,
+    choose_sums,
+    precision,
+    width,
+)
 from .plan import Plan
 
 
@@ -122,7 +132,7 @@ def cross_measure(x: torch.Tensor, y: torch.Tensor, plan: Plan, config: Config |
     """C [K, T, U] float64."""
     T, U, dtype = len(x), len(y), x.dtype
     config = config or choose_blocks(max(T, U), dtype)
-    rows, lanes = (4, 256) if max(T, U) <= 32 else (8, 128)
+    rows, lanes = choose_sums(max(T, U))
     if block_pairs(T, U, min(rows, config.rows)) > MOST_PAIRS:
         raise ValueError(f"a: expected at most {MOST_PAIRS} pairs of 8 of its rows and 8 of b's, got {T} x {U} rows")
     K, pieces = len(plan.bounds), len(plan.pieces)

@@ -403,6 +403,11 @@ def choose_blocks(num_rows: int, dtype: torch.dtype) -> Config:
     return Config("dot", rows, 16, num_warps={16: 1, 32: 4, 64: 8}[rows], num_stages=3, chain=2)
 
 
+def choose_sums(num_rows: int) -> tuple[int, int]:
+    """What is added up at a time, in float64: rows and columns of blocks of pairs, and lanes of each pair."""
+    return (4, 256) if num_rows <= 32 else (8, 128)
+
+
 def block_pairs(num_rows: int, rows: int) -> int:
     """Blocks of the lower triangle."""
     blocks = -(-num_rows // rows)
@@ -442,7 +447,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
             )
         else:
             double[grid](*arguments, T, config.rows, config.columns, **options)
-    rows, lanes = (4, 256) if T <= 32 else (8, 128)
+    rows, lanes = choose_sums(T)
     add_up[(K, block_pairs(T, rows))](
         grads, row_stride, plan.bounds, plan.first_piece, sums, G, arrived, T, rows, lanes, num_warps=rows
     )
