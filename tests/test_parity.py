@@ -91,7 +91,8 @@ def test_many_tasks_all_vaccinated(backend, T):
 @pytest.mark.parametrize("T", [2, 7, 19])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types(backend, T, dtype):
-    assert check_run(backend, T, "ragged", dtype, 10) > 0
+    some = (0, 9, 18) if backend == "triton" and T == 19 else None  # all take long in the interpreter
+    assert check_run(backend, T, "ragged", dtype, 10, vaccinated=some) > 0
 
 
 def test_several_hundred_steps(backend):
