@@ -39,7 +39,8 @@ struct InFloats {
   using Acc = VecF;
   using Loaded = VecF;
   static constexpr int kStep = kFloats;
-  static constexpr int64_t kPanel = 3;
+  static constexpr int64_t kPanel = 2;
+  // columns: a panel of 8 rows and a block of 4 more, 2 KiB each, are two thirds of a small first-level cache
   static int64_t tile(int64_t) { return 2048 / static_cast<int64_t>(sizeof(E)); }
   static Loaded load(const E* p) { return load_floats(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
@@ -52,7 +53,7 @@ struct InFloats<Bfloat16> {  // products of bfloat16 are exact in float32; each 
   using Acc = VecF;
   using Loaded = __m512bh;
   static constexpr int kStep = 2 * kFloats;
-  static constexpr int64_t kPanel = 3;
+  static constexpr int64_t kPanel = 2;
   static int64_t tile(int64_t) { return 2048 / static_cast<int64_t>(sizeof(E)); }
   static Loaded load(const E* p) { return bits<__m512bh>(_mm512_loadu_si512(p)); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return bits<VecF>(_mm512_dpbf16_ps(bits<__m512>(acc), a, b)); }
