@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     options.output.mkdir(parents=True, exist_ok=True)
-    begin = time.perf_counter()
     found = experiment.compare(options) if options.compare else experiment.run(options, setting)
     results = {"arguments": _plain(options), "versions": _versions(), **found}
-    results["experiment_s"] = time.perf_counter() - begin
     name = "comparison" if options.compare else "results"
     text = (comparison if options.compare else report).report(results)
     written = [f"{name.replace('results', 'report')}.txt", f"{name}.json"]
