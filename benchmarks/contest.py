@@ -87,8 +87,8 @@ class _Turns:
     @property
     def due(self) -> bool:
         rounds = len(self.seconds)
-        if rounds < 5:  # 3 have to do where they are slow
-            return rounds < 3 or self.spent < 1.5 * self.budget
+        if rounds < 5:  # 3 have to do where they are slow, 2 where that is seconds
+            return rounds < 2 or self.spent < (1.5 if rounds > 2 else 5) * self.budget
         return rounds < MAX_ROUNDS and self.spent < self.budget
 
 
@@ -111,7 +111,8 @@ class Contest:
         # Together more than three times the last-level cache: what is read has left the cache since it was read last.
         count = max(2, math.ceil(3 * last_level_cache(case.device) / case.nbytes))
         most = MAX_BYTES[torch.device(case.device).type] // case.nbytes
-        self._buffers = [case.buffer(seed) for seed in range(max(1, min(count, most)))]
+        grads = case.buffer(seed=0)
+        self._buffers = [grads, *(grads.roll(i, 0) for i in range(1, max(1, min(count, most))))]
         if op.takes_matrices:
             self._buffers = [gvk.gram(grads, case.groups) for grads in self._buffers]
         self._contestants: dict[str, Contestant] = {}

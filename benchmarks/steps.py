@@ -1,20 +1,20 @@
-"""Whole training steps of the demo's translator, each case in processes of its own.
+"""Whole training steps of the demo's translator, each case in a process of its own.
 
 Three ways to a step: ``plain``, one mixed batch and the sum of the languages' losses, with no method at all;
 ``stream``, the same batch in ``tasks.batch``; ``buffer``, one backward a language into the buffer ``[T, P]``, on the
-same samples. ``python -m benchmarks.steps CASE WAY`` prints, in JSON, the seconds of all ways, taken in turns (WAY
-``-``), or the peak memory of one.
+same samples. ``python -m benchmarks.steps CASE`` prints, in JSON, the seconds of all ways, taken in turns, and the peak memory
+of each.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 WAYS = ("plain", "stream", "buffer")
 REQUIRED = ("babel",)
 _ROOT = Path(__file__).parent.parent
-_SECONDS = 15.0  # for the turns of a case
+_SECONDS = 12.0  # for the turns of a case
 _LEAST_ROUNDS, _MOST_ROUNDS = 4, 40
 _MEMORY_STEPS = 3  # the slabs' memory is sized in the first one
 
@@ -73,10 +73,10 @@ FULL_GRID = (
 
 def measure(case: StepCase) -> dict[str, dict[str, Any]]:
     """By way: the seconds of each round, and the peak memory in bytes."""
-    seconds = _child(case, "-")
-    found = {way: {"seconds": seconds[way], **_child(case, way)} for way in WAYS}
-    found["buffer"]["aggregation"] = seconds["aggregation"]
-    return found
+    command = [sys.executable, "-m", "benchmarks.steps", str(case)]
+    environment = {**os.environ, "OMP_WAIT_POLICY": case.wait}
+    found = subprocess.run(command, cwd=_ROOT, env=environment, check=True, stdout=subprocess.PIPE).stdout
+    return json.loads(found)
 
 
 def row(case: StepCase, way: str, found: dict[str, Any]) -> dict[str, Any]:
@@ -100,12 +100,6 @@ def row(case: StepCase, way: str, found: dict[str, Any]) -> dict[str, Any]:
         "slab_bytes": found["slab_bytes"],
         **aggregation,
     }
-
-
-def _child(case: StepCase, way: str) -> Any:
-    command = [sys.executable, "-m", "benchmarks.steps", str(case), way]
-    environment = {**os.environ, "OMP_WAIT_POLICY": case.wait}
-    return json.loads(subprocess.run(command, cwd=_ROOT, env=environment, check=True, stdout=subprocess.PIPE).stdout)
 
 
 class _Steps:
@@ -182,6 +176,7 @@ def _memory(case: StepCase, way: str) -> dict[str, int]:
     """Bytes of all tensors at their peak, from the model on, as torch's allocator reports them."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()  # what is freed from now on was made from now on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         steps = _Steps(case)
         for _ in range(_MEMORY_STEPS):
@@ -195,10 +190,12 @@ def _memory(case: StepCase, way: str) -> dict[str, int]:
     return {"peak_memory_bytes": peak, "slab_bytes": 4 * case.T * max(groups.sizes), "P": groups.numel}
 
 
-def main(case: StepCase, way: str) -> None:
-    measurement: Callable[[], Any] = (lambda: _seconds(case)) if way == "-" else (lambda: _memory(case, way))
-    print(json.dumps(measurement()))
+def main(case: StepCase) -> None:
+    seconds = _seconds(case)
+    found = {way: {"seconds": seconds[way], **_memory(case, way)} for way in WAYS}
+    found["buffer"]["aggregation"] = seconds["aggregation"]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(StepCase.parse(sys.argv[1]), sys.argv[2])
+    main(StepCase.parse(sys.argv[1]))
