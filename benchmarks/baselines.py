@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BETA = 1e-2
 _BLOCK = 1 << 14  # columns of T = 8 float32 gradients that fit in a core's second-level cache
 _TORCHJD_ERROR = 1e-3  # its Gram and its recurrence are in the type of the gradients
-_STEPS = {"cpu": 50_000, "cuda": 10_000}  # of the inner loop in Python: about two seconds a call
+_STEPS = {"cpu": 20_000, "cuda": 10_000}  # of the inner loop in Python: about a second a call
 
 
 def tolerance(dtype: torch.dtype, least: float = 1e-4) -> float:

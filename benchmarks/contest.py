@@ -18,8 +18,8 @@ from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
 from .memory import peak_memory
 from .stopwatch import Stopwatch, stopwatch
 
-SECONDS = {"cpu": 0.5, "cuda": 0.3}  # timed for each implementation of a case
-PROBE_SECONDS = 0.2  # and for each probe of a ceiling
+SECONDS = {"cpu": 0.4, "cuda": 0.3}  # timed for each implementation of a case
+PROBE_SECONDS = 0.15  # and for each probe of a ceiling
 MAX_ROUNDS = 200
 MAX_BYTES = {"cpu": 3 << 30, "cuda": 30 << 30}  # of all input buffers of a case
 
