@@ -55,17 +55,20 @@ class Case:
         """First column and the one past the last, by group."""
         return list(itertools.pairwise(self.groups.offsets))
 
-    def buffer(self, seed: int) -> torch.Tensor:
+    def fill(self, buffers: torch.Tensor, seed: int = 0) -> None:
         """Gradients [T, P] of noise and a direction that half of the tasks follow and half oppose: cosines +-1/2.
 
-        Targets start at zero and then follow the cosines, so at every step about half of the pairs get turned.
+        Targets start at zero and then follow the cosines, so at every step about half of the pairs get turned. Of
+        several buffers [N, T, P], each has the rows of the one before it moved on by one.
         """
         generator = torch.Generator(self.device).manual_seed(seed)
-        grads = self.empty(self.T, self.P).normal_(generator=generator)
+        grads = buffers[0].normal_(generator=generator)
         direction = self.empty(self.P).normal_(generator=generator)
         for i, row in enumerate(grads):
             row.add_(direction, alpha=(-1) ** i)
-        return grads
+        for last, grads in itertools.pairwise(buffers):
+            grads[1:] = last[:-1]
+            grads[0] = last[-1]
 
     def empty(self, *sizes: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Memory on the case's device, of the type of its gradients unless said otherwise."""

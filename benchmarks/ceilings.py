@@ -67,8 +67,6 @@ def probes(device: str) -> list[Probe]:
     a, b = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
     reads: dict[str, Callable[[], object]] = {
         "torch sum": flat.sum,
-        "torch max": flat.max,
-        "torch dot": lambda: torch.dot(flat, flat),
         "torch mv": lambda: torch.mv(x, line),
     }
     found = [Probe(MULTIPLY_ADDS, "torch matmul", lambda: a @ b, float(_SIDE**3))]

@@ -111,10 +111,9 @@ class Contest:
         # Together more than three times the last-level cache: what is read has left the cache since it was read last.
         count = max(2, math.ceil(3 * last_level_cache(case.device) / case.nbytes))
         most = MAX_BYTES[torch.device(case.device).type] // case.nbytes
-        grads = case.buffer(seed=0)
-        self._buffers = [grads, *(grads.roll(i, 0) for i in range(1, max(1, min(count, most))))]
-        if op.takes_matrices:
-            self._buffers = [gvk.gram(grads, case.groups) for grads in self._buffers]
+        buffers = _buffers(case, 2 if op.takes_matrices else max(1, min(count, most)))
+        case.fill(buffers)
+        self._buffers = [gvk.gram(grads, case.groups) if op.takes_matrices else grads for grads in buffers]
         self._contestants: dict[str, Contestant] = {}
         truth = op.truth(case, self._buffers[0])
         implementations = op.implementations(case.device)
@@ -186,6 +185,18 @@ class Contest:
             "multiply_adds_per_s": multiply_adds,
             "multiply_adds_by": multiply_adds_by,
         }
+
+
+_memory: dict[str, torch.Tensor] = {}
+
+
+def _buffers(case: Case, count: int) -> torch.Tensor:
+    """[count, T, P], in memory that the cases share: fresh pages would take longer than to fill them."""
+    size = count * case.nbytes
+    if case.device not in _memory or _memory[case.device].nbytes < size:
+        _memory.pop(case.device, None)
+        _memory[case.device] = case.empty(size, dtype=torch.uint8)
+    return _memory[case.device][:size].view(case.dtype).view(count, case.T, case.P)
 
 
 def _take_turns(entries: list[_Turns]) -> None:

@@ -2,8 +2,8 @@
 
 Three ways to a step: ``plain``, one mixed batch and the sum of the languages' losses, with no method at all;
 ``stream``, the same batch in ``tasks.batch``; ``buffer``, one backward a language into the buffer ``[T, P]``, on the
-same samples. ``python -m benchmarks.steps CASE`` prints, in JSON, the seconds of all ways, taken in turns, and the peak memory
-of each.
+same samples. ``python -m benchmarks.steps CASE`` prints, in JSON, the seconds of all ways, taken in turns, and the peak
+memory of each.
 """
 
 from __future__ import annotations

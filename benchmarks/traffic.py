@@ -13,5 +13,7 @@ if __name__ == "__main__":
             print(
                 f"{case}: {case.nbytes / 1e9:.2f} GB of gradients in groups of {case.P // case.K} columns", flush=True
             )
-            OPERATOR.peers["cuda-one-pass"](case).run(case.buffer(0))
+            buffers = case.empty(1, case.T, case.P)
+            case.fill(buffers)
+            OPERATOR.peers["cuda-one-pass"](case).run(buffers[0])
             torch.cuda.synchronize()
