@@ -18,7 +18,7 @@ from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
 from .memory import peak_memory
 from .stopwatch import Stopwatch, stopwatch
 
-SECONDS = {"cpu": 0.4, "cuda": 0.3}  # timed for each implementation of a case
+SECONDS = 0.3  # timed for each implementation of a case
 PROBE_SECONDS = 0.15  # and for each probe of a ceiling
 MAX_ROUNDS = 200
 MAX_BYTES = {"cpu": 3 << 30, "cuda": 30 << 30}  # of all input buffers of a case
@@ -139,7 +139,7 @@ class Contest:
         for name, contestant in self._contestants.items():
             try:
                 watch, calls = stopwatch(device, contestant.run, buffers, contestant.waits)
-                turns[name] = _Turns(watch, self.op.seconds * SECONDS[torch.device(device).type], calls)
+                turns[name] = _Turns(watch, self.op.seconds * SECONDS, calls)
             except Exception as error:  # a peer that cannot be captured does not take the others with it
                 self.wrong[name] = f"{type(error).__name__}: {error}"
         bounds = [_Turns(stopwatch(device, probe.run_on, buffers[:1], False)[0], PROBE_SECONDS) for probe in probes]
