@@ -45,7 +45,7 @@ OPERATOR = Operator(
     _ours,
     {"torch-sum": baselines.plain_sum, "torch-matmul": baselines.cross_gram_matmul},
     grid=GRID,
-    full_grid=GRID,
+    full_grid=(*GRID, Case(16, 1_000_000, 100, torch.float64)),
     gpu_grid=GPU_GRID,
 )
 
