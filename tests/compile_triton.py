@@ -87,19 +87,20 @@ def resources(compiled) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([_TOOLS / tool, *flags, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", []))
-        )
+        command = [_TOOLS / "cuobjdump", "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK")}
+    ptx = compiled.asm["ptx"]  # to take the machine code apart would take as long as to compile
+    wide = r"\S*\.(?:v4\.b32|v2\.b64)"
     return {
         "registers": found["REG"],
         "stack": found["STACK"],
         "shared": compiled.metadata.shared,
         "warps": compiled.metadata.num_warps,
-        "loads_16": len(re.findall(r"\bLDG\S*\.128", sass)),  # LDGSTS too: straight to shared memory
-        "stores_16": len(re.findall(r"\bSTG\S*\.128", sass)),
-        "matrix": len(re.findall(r"\b(?:HMMA|HGMMA|UTCHMMA)\b", sass)),
+        # to registers, or straight to shared memory
+        "loads_16": len(re.findall(rf"\bld\.global{wide}|\bcp\.async\.c[ag]\.shared\.global .*, 0x10, ", ptx)),
+        "stores_16": len(re.findall(rf"\bst\.global{wide}", ptx)),
+        "matrix": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
     }
 
 

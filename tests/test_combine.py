@@ -6,6 +6,8 @@ from cases import LAYOUTS, inside, rounding, task_gradients
 
 import gradvac_kernels as gvk
 
+pytestmark = pytest.mark.no_vaccinate
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 import gradvac_kernels as gvk
 
+pytestmark = pytest.mark.no_vaccinate
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # As in test_gram.py. Two buffers of one model are held against each other, so are two ways to the same numbers.
 BOUND = {torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7, torch.float64: 2e-14}

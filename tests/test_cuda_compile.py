@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,10 +29,15 @@ class Kernel(NamedTuple):
     capability: int
     registers: int
     memory: int  # bytes of stack and local memory of a thread
-    instructions: str
+    instructions: Counter[str]
 
     def count(self, pattern: str) -> int:
-        return len(re.findall(rf"\b{pattern}", self.instructions))
+        return sum(times for name, times in self.instructions.items() if re.match(pattern, name))
+
+
+def instructions(listing: str) -> Counter[str]:
+    """How often each occurs in a function's listing."""
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", listing, flags=re.MULTILINE))
 
 
 def dump(*flags: str) -> str:
@@ -52,9 +58,8 @@ def kernels():
         usage = re.findall(
             r"Function (_Z\S+):\n\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("-res-usage", "-arch", arch)
         )
-        code = dict(
-            re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump("-sass", "-arch", arch), flags=re.DOTALL)
-        )
+        listings = dump("-sass", "-arch", arch).split("Function : ")[1:]
+        code = {symbol: instructions(listing) for symbol, listing in (each.split("\n", 1) for each in listings)}
         for symbol, registers, stack, local in usage:
             rest = symbol[symbol.index("4cuda") + len("4cuda") :]
             length = re.match(r"\d+", rest).group()

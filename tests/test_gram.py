@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 import gradvac_kernels as gvk
 
+pytestmark = pytest.mark.no_vaccinate
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # What the kernels promise; products are exact in float64, and so is the truth but for 2^-53 a sum. Those of float64
 # gradients are rounded too: a random walk of 2^-53 a step ends at 1.6e-14 after 20,000 columns.
@@ -37,6 +39,8 @@ def error(found, grads, groups):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 8, 11, 16, 17, 18, 19, 20, 33])
 def test_accuracy(backend, T, layout, dtype):
+    if backend == "triton" and layout in ("long", "whole") and T not in (1, 8, 11, 17, 33):
+        pytest.skip("seconds in the interpreter, where each number of rows is seen in short groups")
     groups = LAYOUTS[layout]
     grads = task_gradients(T, groups, dtype=dtype)
     found = gvk.gram(grads, groups, backend=backend)
@@ -88,19 +92,6 @@ def test_rows_on_any_alignment(native, dtype, skew):
     plain = task_gradients(6, groups, dtype=dtype)
     skewed = task_gradients(6, groups, dtype=dtype, skew=skew)
     assert torch.equal(gvk.gram(plain, groups, backend=native), gvk.gram(skewed, groups, backend=native))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 5, 8, 18])
-def test_vaccinate_returns_it(backend, T, dtype):
-    """The same bits, of the whole buffer and of a slab."""
-    groups = LAYOUTS["whole"]
-    grads = task_gradients(T, groups, dtype=dtype)
-    for some in (groups, groups[1:4]):
-        begin = groups.offsets[some.first]
-        columns = grads[:, begin : begin + some.numel]
-        found = gvk.vaccinate(columns, some, None, target=0.5, vaccinated=[0], backend=backend).gram
-        assert torch.equal(found, gvk.gram(columns, some, backend=backend))
 
 
 def test_expanded_rows(backend):

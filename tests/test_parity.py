@@ -73,12 +73,14 @@ def test_float32_over_40_steps(backend, T, layout):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("T", [3, 16, 18])
 def test_groups_of_several_segments(backend, T, dtype):
+    if backend == "triton" and T == 16:
+        pytest.skip("seconds in the interpreter, for what 3 and 18 tasks show")
     assert check_run(backend, T, "long", dtype, 2, vaccinated=(0, T - 1)) > 0
 
 
 @pytest.mark.parametrize("T", [16, 17, 33, 100])
 def test_many_tasks_with_a_subset_vaccinated(backend, T):
-    assert check_run(backend, T, "ragged", torch.float32, 40, vaccinated=(0, T // 2, T - 1)) > 0
+    assert check_run(backend, T, "ragged", torch.float32, 40 if T < 100 else 5, vaccinated=(0, T // 2, T - 1)) > 0
 
 
 @pytest.mark.parametrize("T", [20, 100, 128])
@@ -137,6 +139,21 @@ def test_tasks_by_id(backend):
         untouched[[i for i in ids if i in (1, 2, 5)]] = False
         assert torch.equal(emas[0][:, untouched], before[:, untouched])
         assert not torch.equal(emas[0], before) or ids == [0]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("T", [1, 5, 8, 18])
+def test_it_returns_the_gram(backend, T, dtype):
+    """The same bits, of the whole buffer and of a slab."""
+    if backend == "triton" and (T in (1, 8) or dtype in (torch.float16, torch.float64)):
+        pytest.skip("seconds in the interpreter, for what others show")
+    groups = LAYOUTS["whole"]
+    grads = task_gradients(T, groups, dtype=dtype)
+    for some in (groups, groups[1:4]):
+        begin = groups.offsets[some.first]
+        columns = grads[:, begin : begin + some.numel]
+        found = gvk.vaccinate(columns, some, None, target=0.5, vaccinated=[0], backend=backend).gram
+        assert torch.equal(found, gvk.gram(columns, some, backend=backend))
 
 
 def test_given_order(backend):
