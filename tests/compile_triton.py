@@ -105,7 +105,7 @@ def resources(compiled) -> dict:
 
 
 def cases() -> Iterator[tuple[str, list]]:
-    """Every configuration that the launchers choose, with aligned rows; and one without."""
+    """Every kind of configuration that the launchers choose, and its extremes; aligned rows, and some without."""
     groups = gvk.ParameterGroups.from_sizes({"short": 64, "long": 16384}, align=16)
     edges = tuple(groups.bounds.flatten().tolist())
 
@@ -113,9 +113,9 @@ def cases() -> Iterator[tuple[str, list]]:
         return torch.zeros(T, groups.numel, dtype=dtype)
 
     for dtype, numbers in (
-        (torch.float32, (1, 2, 7, 8, 12, 13, 16, 32, 64, 100)),
+        (torch.float32, (1, 2, 8, 13, 16, 32, 64, 100)),
         (torch.bfloat16, (2, 8, 16, 32, 64, 100)),
-        (torch.float16, (8, 64)),
+        (torch.float16, (2, 64)),
         (torch.float64, (8, 64)),
     ):
         for T in numbers:

@@ -20,7 +20,7 @@ WIDE = {
 
 def check_run(backend, T, layout, dtype, steps, *, vaccinated=None, zero_rows=False, target=None, skew=0, device="cpu"):
     if backend == "triton" and device == "cpu":  # the interpreter takes a second for what a kernel does in microseconds
-        steps = min(steps, 8 if T <= 5 else 3 if T <= 8 else 1)
+        steps = min(steps, 5 if T <= 5 else 2 if T <= 8 else 1)
     groups = LAYOUTS[layout]
     expected = oracle_run(T, layout, dtype, steps, vaccinated, zero_rows, target)
     ema = None if target is not None else torch.zeros(len(groups), T, T, dtype=torch.float64, device=device)
