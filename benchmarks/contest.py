@@ -65,6 +65,8 @@ class Operator:
     """It is given Gram matrices [K, T, T] instead of gradients."""
     seconds: float = 1.0
     """Timed for each implementation of a case, as a multiple of SECONDS."""
+    reference: bool = True
+    """On the host, the backend ``reference`` is timed too."""
 
     def cases(self, device: str, full: bool) -> tuple[Case, ...]:
         """What is measured there."""
@@ -72,7 +74,8 @@ class Operator:
 
     def implementations(self, device: str) -> dict[str, Builder]:
         """Our backends that serve the device, and the peers."""
-        ours = [name for name in backends(device) if device == "cpu" or name != "reference"]  # there it is the truth
+        reference = self.reference and device == "cpu"  # on a GPU it is the truth
+        ours = [name for name in backends(device) if reference or name != "reference"]
         return {**{backend: self.ours(backend) for backend in ours}, **self.peers}
 
 
@@ -111,8 +114,7 @@ class Contest:
         # Together more than three times the last-level cache: what is read has left the cache since it was read last.
         count = max(2, math.ceil(3 * last_level_cache(case.device) / case.nbytes))
         most = MAX_BYTES[torch.device(case.device).type] // case.nbytes
-        buffers = _buffers(case, 2 if op.takes_matrices else max(1, min(count, most)))
-        case.fill(buffers)
+        buffers = _filled(case, 2 if op.takes_matrices else max(1, min(count, most)))
         self._buffers = [gvk.gram(grads, case.groups) if op.takes_matrices else grads for grads in buffers]
         self._contestants: dict[str, Contestant] = {}
         truth = op.truth(case, self._buffers[0])
@@ -188,15 +190,21 @@ class Contest:
 
 
 _memory: dict[str, torch.Tensor] = {}
+_holds: dict[str, tuple[object, ...]] = {}
 
 
-def _buffers(case: Case, count: int) -> torch.Tensor:
+def _filled(case: Case, count: int) -> torch.Tensor:
     """[count, T, P], in memory that the cases share: fresh pages would take longer than to fill them."""
-    size = count * case.nbytes
+    size, holds = count * case.nbytes, (count, case.T, case.P, case.dtype)
     if case.device not in _memory or _memory[case.device].nbytes < size:
         _memory.pop(case.device, None)
+        _holds.pop(case.device, None)
         _memory[case.device] = case.empty(size, dtype=torch.uint8)
-    return _memory[case.device][:size].view(case.dtype).view(count, case.T, case.P)
+    buffers = _memory[case.device][:size].view(case.dtype).view(count, case.T, case.P)
+    if _holds.get(case.device) != holds:
+        case.fill(buffers)
+        _holds[case.device] = holds
+    return buffers
 
 
 def _take_turns(entries: list[_Turns]) -> None:

@@ -25,7 +25,7 @@ WAYS = ("plain", "stream", "buffer")
 REQUIRED = ("babel",)
 _ROOT = Path(__file__).parent.parent
 _SECONDS = 10.0  # for the turns of a case
-_LEAST_ROUNDS, _MOST_ROUNDS = 3, 40
+_LEAST_ROUNDS, _MOST_ROUNDS = 2, 40
 _MEMORY_STEPS = 2  # the slabs' memory is sized in the first one
 
 

@@ -22,6 +22,7 @@ OPERATOR = Operator(
     gpu_grid=(),
     suite="scaling",
     seconds=0.5,
+    reference=False,
 )
 
 

@@ -39,7 +39,7 @@ def error(found, grads, groups):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 7, 8, 11, 16, 17, 18, 19, 20, 33])
 def test_accuracy(backend, T, layout, dtype):
-    if backend == "triton" and (layout == "whole" or layout == "long" and T not in (8, 17, 33)):
+    if backend == "triton" and (layout == "whole" or (layout == "long" and T not in (8, 17, 33))):
         pytest.skip("seconds in the interpreter, where each number of rows is seen in short groups")
     groups = LAYOUTS[layout]
     grads = task_gradients(T, groups, dtype=dtype)
