@@ -70,17 +70,28 @@ def test_accuracy_on_other_distributions(backend, T, values):
     assert error(gvk.gram(grads, groups, backend=backend), grads, groups) <= 1e-7
 
 
-@pytest.mark.parametrize(("T", "bound"), [(2, 1e-13), (8, 1e-13), (9, 7e-7), (24, 7e-7)])
-def test_accuracy_on_equal_entries(native, T, bound):
-    """The worst case of a chain of additions: all roundings alike. Up to 8 rows the chains are in float64. Above, the
-    last half of a chain of 16 float32 additions may each be off by 2^-24 of half the sum, 8 * 2^-25 = 2.4e-7, the half
-    before by a quarter of that, and so on: 3.2e-7. Adding up 8 chains, on the narrowest vectors, makes 4.4 * 2^-24 more
-    (4/8 + ... + 8/8 of the sum are off), and 2 additions across the lanes 2 * 2^-24: 7e-7. Wider vectors have fewer
-    chains and up to 4 additions across: less."""
+@pytest.mark.parametrize(
+    ("T", "dtype", "bound"),
+    [
+        (2, torch.float32, 1e-13),
+        (8, torch.float32, 1e-13),
+        (9, torch.float32, 7e-7),
+        (24, torch.float32, 7e-7),
+        (2, torch.float16, 1e-6),
+        (24, torch.float16, 7e-7),
+    ],
+)
+def test_accuracy_on_equal_entries(native, T, dtype, bound):
+    """The worst case of a chain of additions: all roundings alike. Up to 8 rows of 32 bits the chains are in float64.
+    Else the last half of a chain of 16 float32 additions may each be off by 2^-24 of half the sum, 8 * 2^-25 = 2.4e-7,
+    the half before by a quarter of that, and so on: 3.2e-7. Adding up 8 chains, on the narrowest vectors, makes
+    4.4 * 2^-24 more (4/8 + ... + 8/8 of the sum are off), and 2 additions across the lanes 2 * 2^-24: 7e-7. Wider
+    vectors have fewer chains and up to 4 additions across: less. Few rows of 16 bits are read in tiles twice as long:
+    16 chains, 8 * 2^-24, 1e-6."""
     groups = gvk.ParameterGroups.from_sizes({"a": 100_000})
     for value in (0.1, 0.37, 1 / 3):
-        grads = torch.full((T, 100_000), value)
-        truth = 100_000 * torch.tensor(value, dtype=torch.float32).double() ** 2
+        grads = torch.full((T, 100_000), value, dtype=dtype)
+        truth = 100_000 * torch.tensor(value, dtype=dtype).double() ** 2
         assert float((gvk.gram(grads, groups, backend=native) / truth - 1).abs().max()) <= bound
 
 

@@ -42,7 +42,18 @@ inline void round_to(const double* sums, int64_t columns, Bfloat16* out) {
   for (int64_t c = 0; c < columns; ++c) out[c] = to_bfloat16(static_cast<float>(sums[c]));
 }
 inline void round_to(const double* sums, int64_t columns, Float16* out) {
+#if defined(__AVX512F__)  // whole vectors: there is room in a tile
+  for (int64_t c = 0; c < columns; c += kDoubles) {
+    store(out + c, _mm256_cvtps_ph(_mm512_cvtpd_ps(_mm512_loadu_pd(sums + c)), _MM_FROUND_TO_NEAREST_INT));
+  }
+#elif defined(__AVX2__)
+  for (int64_t c = 0; c < columns; c += kDoubles) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(out + c),
+                     _mm_cvtps_ph(_mm256_cvtpd_ps(_mm256_loadu_pd(sums + c)), _MM_FROUND_TO_NEAREST_INT));
+  }
+#else
   for (int64_t c = 0; c < columns; ++c) out[c] = to_float16(static_cast<float>(sums[c]));
+#endif
 }
 
 // Streaming stores spare the read of lines that are wholly overwritten, and leave the cache to the gradients.

@@ -2,10 +2,10 @@
 //
 // Lanes lie along the columns, so that rows are read as they are. Blocks of kBlock x kBlock pairs keep their
 // accumulators in registers over a tile of columns; a tile's sums are then added up in float64. Where reading memory is
-// what takes the time (T up to kExactRows), and in small groups, whose few columns make gradients nearly parallel, so
-// that every bit counts, products are accumulated in float64 throughout; else in float32 over chains of at most kChain
-// a lane, whose sums are added up over the tile. All this, and the order of all additions, depends on T and the number
-// of columns only.
+// what takes the time (up to kExactRows of more than 16 bits), and in small groups, whose few columns make gradients
+// nearly parallel, so that every bit counts, products are accumulated in float64 throughout; else in float32 over
+// chains of at most kChain a lane, whose sums are added up over the tile. All this, and the order of all additions,
+// depends on the type, T and the number of columns only.
 #pragma once
 
 #include <type_traits>

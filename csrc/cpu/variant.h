@@ -14,7 +14,7 @@ static bool supported() { return GRADVAC_SUPPORTED; }
 
 using Float32Ways = Ways<float, InDoubles<float>, InDoubles<double>, InFloats<float>, InFloats<float>>;
 using Bfloat16Ways = Ways<Bfloat16, InFloats<Bfloat16>, PackedBfloat16, InFloats<Bfloat16>, PackedBfloat16>;
-using Float16Ways = Ways<Float16, InDoubles<Float16>, InDoubles<double>, void, InFloats<float>>;
+using Float16Ways = Ways<Float16, InFloats<Float16>, InFloats<float>, void, InFloats<float>>;
 using Float64Ways = Ways<double, InDoubles<double>, InDoubles<double>, InDoubles<double>, InDoubles<double>>;
 
 extern const Variant table;
