@@ -19,7 +19,7 @@ from .memory import peak_memory
 from .stopwatch import Stopwatch, stopwatch
 
 SECONDS = 0.3  # timed for each implementation of a case
-PROBE_SECONDS = 0.15  # and for each probe of a ceiling
+PROBE_SECONDS = 0.1  # and for each probe of a ceiling
 MAX_ROUNDS = 200
 MAX_BYTES = {"cpu": 3 << 30, "cuda": 30 << 30}  # of all input buffers of a case
 
@@ -140,14 +140,16 @@ class Contest:
         turns = {}
         for name, contestant in self._contestants.items():
             try:
+                self.memory[name] = peak_memory(contestant.run, buffers[0])  # and warmed up
                 watch, calls = stopwatch(device, contestant.run, buffers, contestant.waits)
                 turns[name] = _Turns(watch, self.op.seconds * SECONDS, calls)
             except Exception as error:  # a peer that cannot be captured does not take the others with it
                 self.wrong[name] = f"{type(error).__name__}: {error}"
+        for probe in probes:
+            probe.run_on(buffers[0])
         bounds = [_Turns(stopwatch(device, probe.run_on, buffers[:1], False)[0], PROBE_SECONDS) for probe in probes]
         _take_turns([*turns.values(), *bounds])
         self.seconds = {name: entry.seconds for name, entry in turns.items()}
-        self.memory = {name: peak_memory(self._contestants[name].run, buffers[0]) for name in turns}
         for ceiling in (STREAMING_READ, MULTIPLY_ADDS):
             self.ceilings[ceiling] = max(
                 (probe.amount / statistics.median(entry.seconds), probe.name)

@@ -24,7 +24,7 @@ import torch
 WAYS = ("plain", "stream", "buffer")
 REQUIRED = ("babel",)
 _ROOT = Path(__file__).parent.parent
-_SECONDS = 10.0  # for the turns of a case
+_SECONDS = 7.0  # for the turns of a case
 _LEAST_ROUNDS, _MOST_ROUNDS = 2, 40
 _MEMORY_STEPS = 2  # the slabs' memory is sized in the first one
 

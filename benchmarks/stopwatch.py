@@ -15,7 +15,7 @@ Stopwatch = Callable[[], float]
 def stopwatch(
     device: str, run: Callable[[torch.Tensor], object], buffers: list[torch.Tensor], waits: bool
 ) -> tuple[Stopwatch, int]:
-    """For ``run`` on the buffers in turn, warmed up, and how many calls it makes at once.
+    """For ``run``, which has run before, on the buffers in turn, and how many calls it makes at once.
 
     ``waits``: it reads results back on the way, so no graph can hold it.
     """
@@ -30,7 +30,6 @@ def _on_the_host(
     run: Callable[[torch.Tensor], object], buffers: list[torch.Tensor], finish: Callable[[], object]
 ) -> Stopwatch:
     turns = itertools.cycle(buffers)
-    run(next(turns))
 
     def watch() -> float:
         grads = next(turns)
