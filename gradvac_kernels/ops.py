@@ -47,8 +47,8 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
     Returns:
         ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (1e-6 on rows
         made for it, such as equal entries, where products are summed in float32: above 4096 columns with more than 8
-        tasks or on a GPU, and for 16-bit types; 2e-7 on heavy tails, by a GPU's matrix units). Entries beyond about 1e18,
-        or below 1e-17, have squares that leave float32's range or lose digits there (float64 gradients excepted).
+        tasks, of 16 bits or on a GPU; 2e-7 on heavy tails, by a GPU's matrix units). Entries beyond about 1e18, or
+        below 1e-17, have squares that leave float32's range or lose digits there (float64 gradients excepted).
 
     Raises:
         TypeError: ``grads`` or ``groups`` is of another type, or of a dtype that no backend takes.
