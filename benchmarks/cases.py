@@ -13,7 +13,7 @@ import gradvac_kernels as gvk
 
 @dataclass(frozen=True)
 class Case:
-    """T task gradients of P columns, in K groups of about equal size, which begin at multiples of 8 columns.
+    """T task gradients of P columns, in K groups of about equal size, laid out as TaskGradients does.
 
     ``share`` of the tasks, the first ones, are vaccinated.
     """
@@ -45,7 +45,7 @@ class Case:
 
     @cached_property
     def groups(self) -> gvk.ParameterGroups:
-        edges = [k * self.P // self.K // 8 * 8 for k in range(self.K)] + [self.P]
+        edges = [k * self.P // self.K // 32 * 32 for k in range(self.K)] + [self.P]
         return gvk.ParameterGroups.from_sizes(
             {f"group.{k}": b - a for k, (a, b) in enumerate(itertools.pairwise(edges))}
         )

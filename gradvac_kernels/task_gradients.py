@@ -85,15 +85,13 @@ class TaskGradients:
             raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
         self.tasks = tuple(tasks)
         self.reduction = reduction
-        self.groups = ParameterGroups.from_model(model, granularity)
+        self.groups = ParameterGroups.from_model(model, granularity, align=32)  # whole cache lines of any type
         named = dict(trainable(model))
         kinds = {(parameter.dtype, parameter.device): name for name, parameter in named.items()}
         if len(kinds) > 1:
             found = ", ".join(f"{name}: {dtype} on {device}" for (dtype, device), name in kinds.items())
             raise ValueError(f"model: expected trainable parameters of one dtype on one device, got {found}")
         ((dtype, device),) = kinds
-        if device.type != "cpu":
-            self.groups = ParameterGroups.from_model(model, granularity, align=16 // dtype.itemsize)  # one wide load
         if method is not None and (not callable(method) or isinstance(method, type)):
             raise TypeError(f"method: expected a callable, such as GradVac(), got {method!r}")
         self.method: Callable[..., Vaccination] = GradVac() if method is None else method

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import LAYOUTS, task_gradients
+from cases import task_gradients
 
 import gradvac_kernels as gvk
 
@@ -64,10 +64,12 @@ def test_a_slab_gives_what_the_whole_buffer_gives(native, T, dtype, align):
             assert same_bits(found[3:], [tensor[start:stop] for tensor in rest])
 
 
-def test_wider_rows_give_the_same_bits(native):
-    groups = LAYOUTS["long"]
-    plain = everything(task_gradients(9, groups), groups, native)
-    assert same_bits(plain, everything(task_gradients(9, groups, skew=5), groups, native))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [9, 40])
+def test_rows_on_no_alignment_give_the_same_bits(native, T, dtype):
+    groups = gvk.ParameterGroups.from_sizes({"a": 3, "b": 16384 + 600, "c": 5000}, align=32)
+    plain = everything(task_gradients(T, groups, dtype=dtype), groups, native)
+    assert same_bits(plain, everything(task_gradients(T, groups, dtype=dtype, skew=5), groups, native))
 
 
 def test_another_seed_or_step_gives_another_result(native):

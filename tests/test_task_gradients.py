@@ -57,20 +57,28 @@ def parameters_of(model, tasks):
     return [named[slot.name] for slot in tasks.groups.parameters]
 
 
+def columns_of(tensors, tasks):
+    """[P]: a tensor a parameter, each in its columns; what pads a group is zero."""
+    columns = torch.zeros(tasks.groups.numel, dtype=tensors[0].dtype)
+    for slot, tensor in zip(tasks.groups.parameters, tensors, strict=True):
+        columns[slot.offset : slot.offset + slot.numel] = tensor.detach().flatten()
+    return columns
+
+
 def explicit(model, tasks, losses):
     """[T, P]: torch.autograd.grad of each loss; zero where a loss does not use a parameter."""
     parameters, rows = parameters_of(model, tasks), []
     for loss in losses.values():
         grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         dense = [torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(parameters, grads)]
-        rows.append(torch.cat([g.flatten() for g in dense]))
+        rows.append(columns_of(dense, tasks))
     return torch.stack(rows)
 
 
 def gradient_of(model, tasks):
     """[P]: what the optimizer will see, zero for None."""
     parameters = parameters_of(model, tasks)
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    return columns_of([torch.zeros_like(p) if p.grad is None else p.grad for p in parameters], tasks)
 
 
 def new_targets(tasks):
@@ -379,13 +387,20 @@ def test_tied_parameters():
         assert output.weight.grad is embedding.weight.grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_groups_begin_with_a_cache_line(dtype):
+    tasks = task_gradients(towers(dtype))
+    for row in tasks.grads:
+        assert all((row.data_ptr() + offset * dtype.itemsize) % 64 == 0 for offset in tasks.groups.offsets)
+
+
 def test_frozen_parameters_have_no_columns_and_keep_their_grad():
     model = towers()
     frozen = model.shared[0].weight.requires_grad_(False)
     kept = frozen.grad = torch.full_like(frozen, 7.0)
     tasks = task_gradients(model)
     assert "shared.0.weight" not in [slot.name for slot in tasks.groups.parameters]
-    assert tasks.groups.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sum(tasks.groups.sizes) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     check_backward(model, tasks, losses_of(model), new_targets(tasks), 0)
     assert frozen.grad is kept
     assert bool((kept == 7).all())

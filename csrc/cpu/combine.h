@@ -6,12 +6,29 @@
 
 namespace gradvac::cpu::GRADVAC_VARIANT {
 
-constexpr int64_t kCombineTile = 1024;  // columns: the sums and the rounded result stay in the first-level cache
+constexpr int64_t kCombineTile = 512;   // columns: the sums and the rounded result stay in the first-level cache
+constexpr int64_t kCombineAhead = 768;  // bytes: nearer, memory would not answer in time; farther, rows would not fit
 
 // sums[c] (+)= sum_r weights[r] row_r[c] for R rows
 template <int R, bool kFirst, class E>
 inline void add_rows(const E* rows, int64_t stride, const double* weights, int64_t columns, double* sums) {
+  // A cache line of every row at a time, or what of it the registers hold.
+  constexpr int kLine = 64 / kDoubles / static_cast<int>(sizeof(E)), kVectors = kLine < 4 ? kLine : 4;
   int64_t column = 0;
+  for (; column + kVectors * kDoubles <= columns; column += kVectors * kDoubles) {
+    VecD sum[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[v] = kFirst ? VecD{} : load<VecD>(sums + column + v * kDoubles);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const E* row = rows + r * stride + column;
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + kCombineAhead);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[v] += load_doubles(row + v * kDoubles) * weights[r];
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums + column + v * kDoubles, sum[v]);
+  }
   for (; column + kDoubles <= columns; column += kDoubles) {
     VecD sum = kFirst ? VecD{} : load<VecD>(sums + column);
     for (int r = 0; r < R; ++r) sum += load_doubles(rows + r * stride + column) * weights[r];

@@ -27,14 +27,17 @@ inline void add_cross_block(const Side<typename Policy::E>& a, const Side<typena
   using Acc = typename Policy::Acc;
   add_chains<Policy, M, N, false>(columns, sums, [&](Acc(&acc)[M][N], int64_t begin, int64_t end) {
     for (int64_t column = begin; column < end; column += Policy::kStep) {
-      typename Policy::Loaded left[M];
+#pragma GCC unroll 2
+      for (int part = 0; part < Policy::kParts; ++part) {
+        typename Policy::Loaded left[M];
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) left[m] = Policy::load(a.rows + m * a.stride + column);
+        for (int m = 0; m < M; ++m) left[m] = Policy::load(a.rows + m * a.stride + column, part);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        const typename Policy::Loaded right = Policy::load(b.rows + n * b.stride + column);
+        for (int n = 0; n < N; ++n) {
+          const typename Policy::Loaded right = Policy::load(b.rows + n * b.stride + column, part);
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+          for (int m = 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+        }
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) __builtin_prefetch(a.rows + m * a.stride + column + a.ahead);
@@ -73,7 +76,7 @@ void add_cross_tile(const Side<typename Policy::E>& a, const Side<typename Polic
 
 template <class From, class Direct, class Packed>
 void add_cross_columns(const Side<From>& a, const Side<From>& b, int64_t columns, double* sums, void* buffer) {
-  const int64_t rows = larger(a.T, b.T), whole = Packed::tile(rows), packed_row = packed_stride<Packed>(rows);
+  const int64_t whole = Packed::kTile, packed_row = packed_stride<Packed>();
   auto* packed_a = static_cast<typename Packed::E*>(buffer);
   auto* packed_b = packed_a + a.T * packed_row;
   for (int64_t column = 0; column < columns; column += whole) {
@@ -96,7 +99,7 @@ inline int64_t cross_sums_size(int64_t T, int64_t U) { return (blocks_of(T) * bl
 
 // Doubles of scratch: the sums of the blocks, and room for one packed tile of the widest type.
 inline int64_t cross_gram_scratch(int64_t T, int64_t U) {
-  return cross_sums_size(T, U) + (T + U) * packed_stride<InDoubles<double>>(larger(T, U));
+  return cross_sums_size(T, U) + (T + U) * packed_stride<InDoubles<double>>();
 }
 
 template <class Ways>

@@ -25,11 +25,10 @@ struct InDoubles {
   using E = Element;
   using Acc = VecD;
   using Loaded = VecD;
-  static constexpr int kStep = kDoubles;
-  static constexpr int64_t kPanel = 6;  // blocks of rows that stay in the first-level cache while the others pass
-  // columns: 16 rows of floats fill two thirds of a first-level cache, and so do fewer rows of more columns
-  static int64_t tile(int64_t T) { return 512 * (T < 16 ? 16 / T : 1); }
-  static Loaded load(const E* p) { return load_doubles(p); }
+  static constexpr int kStep = kDoubles, kParts = 1;
+  static constexpr int64_t kPanel = 6;   // blocks of rows that stay in the first-level cache while the others pass
+  static constexpr int64_t kTile = 512;  // columns: 16 rows of floats fill two thirds of a first-level cache
+  static Loaded load(const E* p, int) { return load_doubles(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
 
@@ -38,30 +37,33 @@ struct InFloats {
   using E = Element;
   using Acc = VecF;
   using Loaded = VecF;
-  static constexpr int kStep = kFloats;
+  static constexpr int kStep = kFloats, kParts = 1;
   static constexpr int64_t kPanel = 2;
   // columns: a panel of 8 rows and a block of 4 more, 2 KiB each, are two thirds of a small first-level cache
-  static int64_t tile(int64_t) { return 2048 / static_cast<int64_t>(sizeof(E)); }
-  static Loaded load(const E* p) { return load_floats(p); }
+  static constexpr int64_t kTile = 2048 / static_cast<int64_t>(sizeof(E));
+  static Loaded load(const E* p, int) { return load_floats(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
 
-#ifdef __AVX512BF16__
+// Products of bfloat16 are exact in float32.
 template <>
-struct InFloats<Bfloat16> {  // products of bfloat16 are exact in float32; each lane adds two of them
+struct InFloats<Bfloat16> {
   using E = Bfloat16;
   using Acc = VecF;
-  using Loaded = __m512bh;
   static constexpr int kStep = 2 * kFloats;
-  static constexpr int64_t kPanel = 2;
-  static int64_t tile(int64_t) { return 2048 / static_cast<int64_t>(sizeof(E)); }
-  static Loaded load(const E* p) { return bits<__m512bh>(_mm512_loadu_si512(p)); }
+  static constexpr int64_t kPanel = 2, kTile = 1024;
+#ifdef __AVX512BF16__
+  using Loaded = __m512bh;
+  static constexpr int kParts = 1;  // each lane adds two products
+  static Loaded load(const E* p, int) { return bits<__m512bh>(_mm512_loadu_si512(p)); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return bits<VecF>(_mm512_dpbf16_ps(bits<__m512>(acc), a, b)); }
-};
-using PackedBfloat16 = InFloats<Bfloat16>;
 #else
-using PackedBfloat16 = InFloats<float>;
+  using Loaded = VecF;
+  static constexpr int kParts = 2;  // the even columns and the odd ones: half a word each, one instruction away
+  static Loaded load(const E* p, int part) { return part == 0 ? load_even_floats(p) : load_odd_floats(p); }
+  static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 #endif
+};
 
 // ---- one block of pairs
 
@@ -109,14 +111,17 @@ inline void add_block(const typename Policy::E* a, const typename Policy::E* b, 
   using Acc = typename Policy::Acc;
   add_chains<Policy, M, N, kDiagonal>(columns, sums, [&](Acc(&acc)[M][N], int64_t begin, int64_t end) {
     for (int64_t column = begin; column < end; column += Policy::kStep) {
-      typename Policy::Loaded left[M];
+#pragma GCC unroll 2
+      for (int part = 0; part < Policy::kParts; ++part) {
+        typename Policy::Loaded left[M];
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) left[m] = Policy::load(a + m * stride + column);
+        for (int m = 0; m < M; ++m) left[m] = Policy::load(a + m * stride + column, part);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) {
-        const typename Policy::Loaded right = kDiagonal ? left[n] : Policy::load(b + n * stride + column);
+        for (int n = 0; n < N; ++n) {
+          const typename Policy::Loaded right = kDiagonal ? left[n] : Policy::load(b + n * stride + column, part);
 #pragma GCC unroll 4
-        for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+          for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
+        }
       }
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
@@ -138,7 +143,7 @@ inline void add_corner(const typename Policy::E* a, const typename Policy::E* b,
   for (int64_t column = 0; column < columns; column += Policy::kStep) {
     typename Policy::Loaded right[kBlock];
 #pragma GCC unroll 4
-    for (int n = 0; n < kBlock; ++n) right[n] = Policy::load(b + n * stride + column);
+    for (int n = 0; n < kBlock; ++n) right[n] = Policy::load(b + n * stride + column, 0);
 #pragma GCC unroll 4
     for (int n = 0; n < kBlock; ++n) {
 #pragma GCC unroll 4
@@ -146,7 +151,7 @@ inline void add_corner(const typename Policy::E* a, const typename Policy::E* b,
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const typename Policy::Loaded left = Policy::load(a + m * stride + column);
+      const typename Policy::Loaded left = Policy::load(a + m * stride + column, 0);
 #pragma GCC unroll 4
       for (int n = 0; n < kBlock; ++n) acc[m][n] = Policy::multiply_add(acc[m][n], left, right[n]);
     }
@@ -258,17 +263,22 @@ inline int64_t sums_size(int64_t T) { return (block_index(blocks_of(T), 0) * kPa
 
 // Elements between packed rows: a cache line past the tile, so that rows do not share cache sets.
 template <class Policy>
-int64_t packed_stride(int64_t T) {
-  return Policy::tile(T) + 64 / static_cast<int64_t>(sizeof(typename Policy::E));
+int64_t packed_stride() {
+  return Policy::kTile + 64 / static_cast<int64_t>(sizeof(typename Policy::E));
 }
 
 // Doubles of scratch: the sums of the blocks, and room for one packed tile of the widest type.
-inline int64_t gram_scratch(int64_t T) { return sums_size(T) + T * packed_stride<InDoubles<double>>(T); }
+inline int64_t gram_scratch(int64_t T) { return sums_size(T) + T * packed_stride<InDoubles<double>>(); }
+
+// Rows whose vectors all lie across two cache lines, so many that each is read often: cheaper to pack than to read.
+inline bool cross_lines(const void* rows, int64_t T, int64_t stride_bytes) {
+  return kBytes == 64 && T > 32 && (reinterpret_cast<intptr_t>(rows) | stride_bytes) % kBytes != 0;
+}
 
 // Whole tiles are read where they are, if Direct says how; the last one, and all where it does not, are packed.
 template <class From, class Direct, class Packed>
 void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, double* sums, void* buffer) {
-  const int64_t whole = Packed::tile(T), packed_row = packed_stride<Packed>(T);
+  const int64_t whole = Packed::kTile, packed_row = packed_stride<Packed>();
   constexpr int64_t kSize = sizeof(From);
   auto* packed = static_cast<typename Packed::E*>(buffer);
   for (int64_t column = 0; column < columns; column += whole) {
@@ -301,12 +311,15 @@ template <class Ways>
 void gram(const void* data, int64_t T, int64_t row_stride, int64_t begin, int64_t end, bool small_group,
           double* scratch, double* packed) {
   using From = typename Ways::From;
+  const From* rows = static_cast<const From*>(data) + begin;
+  const bool across = cross_lines(rows, T, row_stride * static_cast<int64_t>(sizeof(From)));
   void* buffer = scratch + sums_size(T);
   for (int64_t s = 0; s < sums_size(T); ++s) scratch[s] = 0;
   auto add = small_group       ? add_columns<From, InDoubles<From>, InDoubles<double>>
              : T <= kExactRows ? add_columns<From, typename Ways::Direct, typename Ways::Packed>
+             : across          ? add_columns<From, void, typename Ways::LargePacked>
                                : add_columns<From, typename Ways::LargeDirect, typename Ways::LargePacked>;
-  add(static_cast<const From*>(data) + begin, T, row_stride, end - begin, scratch, buffer);
+  add(rows, T, row_stride, end - begin, scratch, buffer);
   for (int64_t i = 0; i < T; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
       *packed++ = scratch[block_index(i / kBlock, j / kBlock) * kPairs + i % kBlock * kBlock + j % kBlock];

@@ -115,15 +115,10 @@ inline VecD load_doubles(const Float16* p) {
 }
 
 inline VecF load_floats(const float* p) { return load<VecF>(p); }
-inline VecF load_floats(const Bfloat16* p) {
-#if defined(__AVX512F__)
-  return bits<VecF>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits<__m256i>(load<HalfH>(p))), 16));
-#elif defined(__AVX2__)
-  return bits<VecF>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits<__m128i>(load<HalfH>(p))), 16));
-#else
-  return bits<VecF>(__builtin_convertvector(load<HalfH>(p), VecU) << 16);
-#endif
-}
+// Of as many pairs: one of each, and the other.
+inline VecF load_even_floats(const Bfloat16* p) { return bits<VecF>(load<VecU>(p) << 16); }
+inline VecF load_odd_floats(const Bfloat16* p) { return bits<VecF>(load<VecU>(p) & 0xFFFF0000u); }
+
 inline VecF load_floats(const Float16* p) {
 #if defined(__AVX512F__)
   return bits<VecF>(_mm512_cvtph_ps(bits<__m256i>(load<HalfH>(p))));

@@ -40,7 +40,7 @@ const Variant* const* variants(int* count) {
 
 bool use(const char* name) {
   for (const Variant* candidate : kVariants) {
-    if ((name == nullptr || std::strcmp(name, candidate->name) == 0) && candidate->supported()) {
+    if (candidate->supported() && (name == nullptr ? !candidate->slow() : std::strcmp(name, candidate->name) == 0)) {
       chosen = candidate;
       return true;
     }

@@ -22,6 +22,7 @@ using CombineKernel = void (*)(const void* data, std::int64_t T, std::int64_t ro
 struct Variant {
   const char* name;
   bool (*supported)();
+  bool (*slow)();  // the next one is faster on this machine
   std::int64_t (*gram_scratch)(std::int64_t T);
   GramKernel gram[kDtypes];
   std::int64_t (*cross_gram_scratch)(std::int64_t T, std::int64_t U);
@@ -31,7 +32,7 @@ struct Variant {
   double (*multiply_add)(std::int64_t rounds);
 };
 
-// The fastest variants first.
+// Those with the most instructions first.
 const Variant* const* variants(int* count);
 // The one in use: the fastest supported, or what `use` said.
 const Variant& variant();

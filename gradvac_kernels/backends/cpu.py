@@ -38,7 +38,7 @@ def instruction_set() -> str:
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The variants that this machine can run, the fastest first."""
+    """The variants that this machine can run, those with the most instructions first."""
     return () if _missing else tuple(_cpu.instruction_sets())
 
 
