@@ -13,7 +13,7 @@ import gradvac_kernels as gvk
 
 @dataclass(frozen=True)
 class Case:
-    """T task gradients of P columns, in K groups of about equal size, laid out as TaskGradients does.
+    """T task gradients of P columns, in K groups of about equal size, each of whole cache lines.
 
     ``share`` of the tasks, the first ones, are vaccinated.
     """
@@ -45,7 +45,8 @@ class Case:
 
     @cached_property
     def groups(self) -> gvk.ParameterGroups:
-        edges = [k * self.P // self.K // 32 * 32 for k in range(self.K)] + [self.P]
+        line = 64 // self.dtype.itemsize
+        edges = [k * self.P // self.K // line * line for k in range(self.K)] + [self.P]
         return gvk.ParameterGroups.from_sizes(
             {f"group.{k}": b - a for k, (a, b) in enumerate(itertools.pairwise(edges))}
         )

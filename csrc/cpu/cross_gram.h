@@ -76,15 +76,15 @@ void add_cross_tile(const Side<typename Policy::E>& a, const Side<typename Polic
 
 template <class From, class Direct, class Packed>
 void add_cross_columns(const Side<From>& a, const Side<From>& b, int64_t columns, double* sums, void* buffer) {
-  const int64_t whole = Packed::kTile, packed_row = packed_stride<Packed>();
+  const int64_t packed_row = packed_stride<Packed>();
   auto* packed_a = static_cast<typename Packed::E*>(buffer);
   auto* packed_b = packed_a + a.T * packed_row;
-  for (int64_t column = 0; column < columns; column += whole) {
-    const int64_t width = smaller(whole, columns - column);
+  for (int64_t column = 0, width = 0; column < columns; column += width) {
+    width = tile_width<Packed>(columns - column);
     if constexpr (!std::is_same_v<Direct, void>) {
-      if (width == whole) {
-        add_cross_tile<Direct>({a.rows + column, a.T, a.stride, whole}, {b.rows + column, b.T, b.stride, whole}, width,
-                               sums);
+      if (width >= Packed::kStep) {
+        add_cross_tile<Direct>({a.rows + column, a.T, a.stride, Packed::kTile},
+                               {b.rows + column, b.T, b.stride, Packed::kTile}, width, sums);
         continue;
       }
     }

@@ -39,8 +39,8 @@ struct InFloats {
   using Loaded = VecF;
   static constexpr int kStep = kFloats, kParts = 1;
   static constexpr int64_t kPanel = 2;
-  // columns: a panel of 8 rows and a block of 4 more, 2 KiB each, are two thirds of a small first-level cache
-  static constexpr int64_t kTile = 2048 / static_cast<int64_t>(sizeof(E));
+  // columns: a panel of 8 rows and a block of 4 more, 2 KiB of floats each, are two thirds of a small first-level cache
+  static constexpr int64_t kTile = 512;
   static Loaded load(const E* p, int) { return load_floats(p); }
   static Acc multiply_add(Acc acc, Loaded a, Loaded b) { return acc + a * b; }
 };
@@ -275,18 +275,26 @@ inline bool cross_lines(const void* rows, int64_t T, int64_t stride_bytes) {
   return kBytes == 64 && T > 32 && (reinterpret_cast<intptr_t>(rows) | stride_bytes) % kBytes != 0;
 }
 
-// Whole tiles are read where they are, if Direct says how; the last one, and all where it does not, are packed.
+// Columns of the next tile: whole steps, and in the end what is less than one.
+template <class Policy>
+int64_t tile_width(int64_t columns) {
+  if (columns >= Policy::kTile) return Policy::kTile;
+  return columns < Policy::kStep ? columns : columns - columns % Policy::kStep;
+}
+
+// Whole steps are read where they are, if Direct says how; less than one, and all where it does not, is packed.
 template <class From, class Direct, class Packed>
 void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, double* sums, void* buffer) {
-  const int64_t whole = Packed::kTile, packed_row = packed_stride<Packed>();
+  const int64_t packed_row = packed_stride<Packed>();
   constexpr int64_t kSize = sizeof(From);
   auto* packed = static_cast<typename Packed::E*>(buffer);
-  for (int64_t column = 0; column < columns; column += whole) {
-    const int64_t width = smaller(whole, columns - column);
+  for (int64_t column = 0, width = 0; column < columns; column += width) {
+    width = tile_width<Packed>(columns - column);
     const From* tile = rows + column;
-    const char* ahead = reinterpret_cast<const char*>(tile) + whole * kSize;
+    const char* ahead = reinterpret_cast<const char*>(tile) + Packed::kTile * kSize;
     if constexpr (!std::is_same_v<Direct, void>) {
-      if (width == whole) {
+      static_assert(Direct::kStep == Packed::kStep, "the same tiles");
+      if (width >= Packed::kStep) {
         add_tile(Tile<Direct>{tile, T, stride, width, ahead, stride * kSize, width * kSize}, sums);
         continue;
       }
