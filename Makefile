@@ -31,7 +31,7 @@ $(READY): setup.py pyproject.toml $(NATIVE)
 else
 $(READY): setup.py pyproject.toml constraints-dev.txt $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --editable '.[demo,test,bench,dev]'
+	$(PY) -m pip install --quiet --no-compile --editable '.[demo,test,bench,dev]'
 	@touch $@
 endif
 

@@ -123,7 +123,7 @@ def test_in_torchjd_s_engine():
     twin = copy.deepcopy(model)
     x, y = torch.randn(3, 8, 5), torch.randn(3, 8, 1)
     tasks = gvk.TaskGradients(twin, ["a", "b", "c"], granularity="all_matrix", method=gvk.GradVac(beta=0.3))
-    aggregator = GradVacAggregator(tasks.groups, beta=0.3)
+    aggregator = GradVacAggregator(gvk.ParameterGroups.from_model(model, "all_matrix"), beta=0.3)
     for _ in range(3):
         losses = torch.stack([((model(xi) - yi) ** 2).mean() for xi, yi in zip(x, y)])
         for parameter in model.parameters():

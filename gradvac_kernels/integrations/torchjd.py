@@ -21,7 +21,7 @@ class GradVacAggregator(Aggregator, Stateful):
     between calls, and are in ``state_dict()``. Not differentiable: the update has no graph.
 
     Args:
-        groups: the parameter groups of the n columns; None means one group of all.
+        groups: the parameter groups of the n columns, one behind the other (``align=1``); None means one group of all.
         beta: weight of a new similarity in the moving average, in [0, 1].
         vaccinated: rows that may be turned; None means all.
         target: a constant similarity target instead of the moving average (0 is PCGrad).
