@@ -4,7 +4,6 @@ Where there is no GPU, the Triton kernels run in Triton's interpreter and the CU
 memory. Where there is one, tests/test_gpu.py holds them to the oracle there.
 """
 
-import dataclasses
 import os
 
 import pytest
@@ -39,24 +38,9 @@ if triton.why_unavailable() is None and triton.device.INTERPRETED:
     for _module in (gram_kernels, cross_gram_kernels):
         _module.choose_sums = lambda num_rows: (8, 1024) if num_rows <= 40 else (32, 256)
 
-    # A call from kernel to function patches Triton's language anew, each time and for good, which takes most of the
-    # time: once a module is enough.
-    from triton.runtime import interpreter
+    import interpreter
 
-    _patch_and_call = interpreter.InterpretedFunction.__call__
-    _patched = set()
-
-    def _call(self, *args, **kwargs):
-        if self.fn.__module__ in _patched:
-            return self.rewrite()(*args, **kwargs)
-        _patched.add(self.fn.__module__)
-        return _patch_and_call(self, *args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = _call
-    # that no sum of 32-bit integers overflows takes a sixth of the time, and nothing here is that large
-    interpreter.interpreter_builder.options = dataclasses.replace(
-        interpreter.interpreter_builder.options, sanitize_overflow=False
-    )
+    interpreter.quicken()
 
 
 def _on_the_host(name):
