@@ -45,10 +45,10 @@ def gram(grads: torch.Tensor, groups: ParameterGroups, *, backend: str | None = 
         backend: one of :func:`available_backends`; None takes the fastest one for the tensor's device.
 
     Returns:
-        ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|`` (1e-6 on rows
-        made for it, such as equal entries, where products are summed in float32: above 4096 columns with more than 8
-        tasks, of 16 bits or on a GPU; 2e-7 on heavy tails, by a GPU's matrix units). Entries beyond about 1e18, or
-        below 1e-17, have squares that leave float32's range or lose digits there (float64 gradients excepted).
+        ``[K, T, T]`` float64, ``G[k, i, j] = <g_ik, g_jk>``, with ``|G - exact| <= 1e-7 |g_i| |g_j|``; where
+        products are summed in float32 (above 4096 columns with more than 8 tasks, of 16 bits or on a GPU), 4e-7 where
+        few columns outweigh the others, and 1e-6 on rows made for it, such as equal entries. Entries beyond about
+        1e18, or below 1e-17, have squares that leave float32's range or lose digits there (float64 excepted).
 
     Raises:
         TypeError: ``grads`` or ``groups`` is of another type, or of a dtype that no backend takes.

@@ -55,7 +55,7 @@ class TaskGradients:
 
     Attributes:
         tasks: the names.
-        groups: the parameter groups.
+        groups: the parameter groups, each of which begins at a multiple of 32 columns: whole cache lines of any type.
         method: the method, with its state.
         last_task_ids: which task each row of ``last`` is, as indices of ``tasks``.
         last: the last :class:`Vaccination`, or None. Its gradient is the buffer's result: the next step overwrites it.
@@ -85,7 +85,7 @@ class TaskGradients:
             raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
         self.tasks = tuple(tasks)
         self.reduction = reduction
-        self.groups = ParameterGroups.from_model(model, granularity, align=32)  # whole cache lines of any type
+        self.groups = ParameterGroups.from_model(model, granularity, align=32)
         named = dict(trainable(model))
         kinds = {(parameter.dtype, parameter.device): name for name, parameter in named.items()}
         if len(kinds) > 1:
@@ -117,7 +117,10 @@ class TaskGradients:
 
     @property
     def grads(self) -> torch.Tensor:
-        """``[len(task_ids), P]``: the gradients captured since the last ``apply``, a view of the buffer."""
+        """``[len(task_ids), P]``: the gradients captured since the last ``apply``, a view of the buffer.
+
+        Columns of no parameter, which pad a group, are zero.
+        """
         return self._buffer.grads[: len(self._rows)]
 
     @contextmanager

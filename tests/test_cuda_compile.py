@@ -121,7 +121,7 @@ def test_every_kernel_is_there_for_every_architecture(kernels):
         assert {kernel[:4] for kernel in kernels if kernel.capability == capability} == expected
     if "CUDAARCHS" not in os.environ:
         assert capabilities()[:2] == [80, 90]
-        assert "sm_80" in dump("--list-ptx")  # for all others
+        assert "sm_80" in dump("--list-ptx")  # for others
 
 
 def test_no_stack(kernels):

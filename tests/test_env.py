@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ def test_report():
 
 WITHOUT = """
 import sys
+from pathlib import Path
 sys.modules["gradvac_kernels._cpu"] = None  # an import of it fails
 import torch, gradvac_kernels as gvk
 """
@@ -61,6 +63,14 @@ def test_the_report_says_why_a_backend_is_missing():
     done = python(WITHOUT + "import runpy; runpy.run_module('gradvac_kernels.env', run_name='__main__')")
     assert done.returncode == 0, done.stderr
     assert "backend cpu      missing: the native module gradvac_kernels._cpu is not built" in done.stdout
+
+
+def test_the_default_is_the_fastest_instruction_set():
+    """The one with the most instructions, but for bfloat16 dot products, which Intel's processors are slow at."""
+    done = python("from gradvac_kernels.backends import cpu; print(cpu.instruction_set())", GRADVAC_CPU_ISA="")
+    first, *others = cpu.instruction_sets()
+    slow = first == "avx512_bf16" and "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    assert done.stdout.strip() == (others[0] if slow else first)
 
 
 @pytest.mark.parametrize("name", cpu.instruction_sets())

@@ -389,7 +389,12 @@ def test_tied_parameters():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_groups_begin_with_a_cache_line(dtype):
-    tasks = task_gradients(towers(dtype))
+    model = towers(dtype)
+    tasks = task_gradients(model)
+    for name in TASKS:
+        with tasks.task(name):
+            loss_of(model, name, dtype=dtype).backward()
+    assert len(tasks.grads) == len(TASKS)
     for row in tasks.grads:
         assert all((row.data_ptr() + offset * dtype.itemsize) % 64 == 0 for offset in tasks.groups.offsets)
 

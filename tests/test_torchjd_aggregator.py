@@ -114,6 +114,12 @@ def test_a_jacobian_of_other_columns_is_refused():
         GradVacAggregator([4, 7])
 
 
+def test_groups_with_padding_are_refused():
+    padded = gvk.ParameterGroups.from_sizes({"a": 3, "b": 5}, align=4)
+    with pytest.raises(ValueError, match="groups: expected groups without padding"):
+        GradVacAggregator(padded)(torch.randn(2, 8))
+
+
 def test_in_torchjd_s_engine():
     """``autojac`` fills ``.jac``, and our aggregator makes ``.grad``: as TaskGradients does."""
     from torchjd.autojac import backward, jac_to_grad

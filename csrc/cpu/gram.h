@@ -139,6 +139,7 @@ template <class Policy, int M>
 inline void add_corner(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
                        const char* ahead_a, const char* ahead_b, int64_t ahead_stride, int64_t step_a, int64_t step_b,
                        double* sums, double* diagonal_sums) {
+  static_assert(Policy::kParts == 1, "one load a step");
   typename Policy::Acc acc[M][kBlock] = {}, diagonal[kBlock][kBlock] = {};
   for (int64_t column = 0; column < columns; column += Policy::kStep) {
     typename Policy::Loaded right[kBlock];
@@ -270,7 +271,7 @@ int64_t packed_stride() {
 // Doubles of scratch: the sums of the blocks, and room for one packed tile of the widest type.
 inline int64_t gram_scratch(int64_t T) { return sums_size(T) + T * packed_stride<InDoubles<double>>(); }
 
-// Rows whose vectors all lie across two cache lines, so many that each is read often: cheaper to pack than to read.
+// Rows whose vectors lie across two cache lines, so many that each is read often: cheaper to pack than to read.
 inline bool cross_lines(const void* rows, int64_t T, int64_t stride_bytes) {
   return kBytes == 64 && T > 32 && (reinterpret_cast<intptr_t>(rows) | stride_bytes) % kBytes != 0;
 }

@@ -52,6 +52,8 @@ class GradVacAggregator(Aggregator, Stateful):
     def forward(self, matrix: torch.Tensor, /) -> torch.Tensor:
         """``[m, n]`` -> ``[n]``."""
         groups = self.groups or ParameterGroups.from_sizes({"all": matrix.shape[1]})
+        if groups.numel != matrix.shape[1] == sum(groups.sizes):
+            raise ValueError("groups: expected groups without padding (align=1), as the Jacobian's columns are")
         return self.method(matrix.detach().contiguous(), groups).gradient
 
     def reset(self) -> None:
