@@ -35,7 +35,6 @@ def test_report():
 
 WITHOUT = """
 import sys
-from pathlib import Path
 sys.modules["gradvac_kernels._cpu"] = None  # an import of it fails
 import torch, gradvac_kernels as gvk
 """

@@ -116,7 +116,7 @@ def test_a_jacobian_of_other_columns_is_refused():
 
 def test_groups_with_padding_are_refused():
     padded = gvk.ParameterGroups.from_sizes({"a": 3, "b": 5}, align=4)
-    with pytest.raises(ValueError, match="groups: expected groups without padding"):
+    with pytest.raises(ValueError, match=r"groups: expected groups without padding \(align=1\), got 4 columns"):
         GradVacAggregator(padded)(torch.randn(2, 8))
 
 

@@ -53,7 +53,8 @@ class GradVacAggregator(Aggregator, Stateful):
         """``[m, n]`` -> ``[n]``."""
         groups = self.groups or ParameterGroups.from_sizes({"all": matrix.shape[1]})
         if groups.numel != matrix.shape[1] == sum(groups.sizes):
-            raise ValueError("groups: expected groups without padding (align=1), as the Jacobian's columns are")
+            padding = groups.numel - matrix.shape[1]
+            raise ValueError(f"groups: expected groups without padding (align=1), got {padding} columns of it")
         return self.method(matrix.detach().contiguous(), groups).gradient
 
     def reset(self) -> None:
