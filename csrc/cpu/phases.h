@@ -49,8 +49,9 @@ class FullFloats {
   unsigned int before_ = 0;
 };
 
-// Bytes of the last cache level.
-std::int64_t cache_bytes();
+// Bytes of a core's own cache, and of the last level.
+std::int64_t core_cache_bytes();
+std::int64_t last_cache_bytes();
 
 constexpr std::int64_t kCacheLine = 64;
 constexpr std::int64_t round_up(std::int64_t size, std::int64_t unit) { return (size + unit - 1) / unit * unit; }

@@ -12,7 +12,6 @@ namespace gradvac::cpu {
 
 namespace {
 constexpr std::int64_t kElementsAThread = 1 << 15;  // about what waking a thread costs
-constexpr std::int64_t kCacheGuess = 8 << 20;       // where the system does not say
 
 // Columns of a segment: few rows make long ones, or starting a segment would show.
 std::int64_t segment_columns(std::int64_t T) { return std::clamp<std::int64_t>((1 << 18) / T, 1 << 14, 1 << 16); }
@@ -46,16 +45,27 @@ FullFloats::FullFloats() {}
 FullFloats::~FullFloats() {}
 #endif
 
-std::int64_t cache_bytes() {
-  // Not sysconf(_SC_LEVEL3_CACHE_SIZE): glibc multiplies by cores that a virtual machine may not have.
-  static const std::int64_t size = [] {
-    std::int64_t kib = 0;
-    if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
-      if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
-      std::fclose(file);
-    }
-    return kib > 0 ? kib << 10 : kCacheGuess;
-  }();
+namespace {
+// Not sysconf(_SC_LEVEL3_CACHE_SIZE): glibc multiplies by cores that a virtual machine may not have.
+std::int64_t system_cache_bytes(int level, std::int64_t guess) {
+  char path[64];
+  std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
+  std::int64_t kib = 0;
+  if (std::FILE* file = std::fopen(path, "r")) {
+    if (std::fscanf(file, "%" SCNd64 "K", &kib) != 1) kib = 0;
+    std::fclose(file);
+  }
+  return kib > 0 ? kib << 10 : guess;
+}
+}  // namespace
+
+std::int64_t core_cache_bytes() {
+  static const std::int64_t size = system_cache_bytes(2, 1 << 20);
+  return size;
+}
+
+std::int64_t last_cache_bytes() {
+  static const std::int64_t size = system_cache_bytes(3, 8 << 20);
   return size;
 }
 

@@ -1,8 +1,9 @@
-// The three verbs in one parallel region. Small groups are one thread's from beginning to end. The others go through in
-// batches that fit the last cache level, so that they are combined while they are there; of a larger group the tail
-// still is, and it is combined first.
+// The three verbs in one parallel region. Small groups are one thread's from beginning to end, so that they are
+// combined out of its own cache. The others go through in batches that fit the last cache level; of a larger group the
+// tail still is there, and it is combined first.
 #include <omp.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -12,29 +13,42 @@ namespace gradvac::cpu {
 
 namespace {
 
-// Groups of one segment and few rows: a thread takes one from the first column to the last, while it is in its cache.
-bool is_small(const Segments& segments, std::int64_t group, std::int64_t T) {
-  constexpr std::int64_t kFewRows = 32;  // with more, the recurrence is worth sharing out
-  return T <= kFewRows && segments.first(group + 1) - segments.first(group) <= 1;
-}
+struct Plan {
+  std::vector<std::int64_t> alone;                              // groups, each one thread's
+  std::vector<std::pair<std::int64_t, std::int64_t>> together;  // runs of the others: the first, and one past the last
+};
 
-// Runs of the other groups that fit the last cache level together: the first group of each, and one past the last.
-std::vector<std::pair<std::int64_t, std::int64_t>> batches(const Buffer& grads, const Segments& segments) {
-  const std::int64_t room = cache_bytes() / 2;
-  std::vector<std::pair<std::int64_t, std::int64_t>> found;
+Plan plan(const Buffer& grads, const Segments& segments, int threads) {
+  constexpr std::int64_t kFewRows = 32;  // with more, the recurrence is worth sharing out
+  constexpr std::int64_t kOverflow = 4;  // core caches in a group of which reading the tail again still pays
+  constexpr std::int64_t kShares = 4;    // groups a thread, or some would wait long for the last
+  const auto columns = [&](std::int64_t k) { return grads.bounds[2 * k + 1] - grads.bounds[2 * k]; };
+  const std::int64_t column_bytes = grads.T * static_cast<std::int64_t>(size_of(grads.dtype));
+  std::int64_t all = 0;
+  for (std::int64_t k = 0; k < grads.K; ++k) all += columns(k);
+
+  Plan found;
   std::int64_t filled = 0;
   for (std::int64_t k = 0; k < grads.K; ++k) {
-    if (is_small(segments, k, grads.T)) continue;
-    const std::int64_t columns = grads.bounds[2 * k + 1] - grads.bounds[2 * k];
-    const std::int64_t bytes = columns * grads.T * static_cast<std::int64_t>(size_of(grads.dtype));
-    const bool follows = !found.empty() && found.back().second == k && filled + bytes <= room;
+    const std::int64_t bytes = columns(k) * column_bytes;
+    const bool one_segment = segments.first(k + 1) - segments.first(k) <= 1;
+    const bool shared_out = bytes <= kOverflow * core_cache_bytes() && columns(k) <= all / (kShares * threads);
+    if (grads.T <= kFewRows && (one_segment || shared_out)) {
+      found.alone.push_back(k);
+      continue;
+    }
+    auto& runs = found.together;
+    const bool follows = !runs.empty() && runs.back().second == k && filled + bytes <= last_cache_bytes() / 2;
     filled = follows ? filled + bytes : bytes;
     if (follows) {
-      ++found.back().second;
+      ++runs.back().second;
     } else {
-      found.emplace_back(k, k + 1);
+      runs.emplace_back(k, k + 1);
     }
   }
+  // the large ones first: the threads end together
+  std::stable_sort(found.alone.begin(), found.alone.end(),
+                   [&](std::int64_t a, std::int64_t b) { return columns(a) > columns(b); });
   return found;
 }
 
@@ -43,16 +57,17 @@ std::vector<std::pair<std::int64_t, std::int64_t>> batches(const Buffer& grads, 
 void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Result& out, int threads) {
   threads = useful_threads(grads, threads);
   const Segments segments(grads);
-  const auto runs = batches(grads, segments);
+  const Plan groups = plan(grads, segments, threads);
   GramPhase gram(grads, segments, threads);
   CoefficientPhase coefficients(vaccine, G, grads.K, grads.T, threads);
   const CombinePhase combine(grads, vaccine.weights, out);
   const std::int64_t blocks = coefficients.blocks(), matrix = grads.T * grads.T;
+  const auto alone = static_cast<std::int64_t>(groups.alone.size());
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
     const int thread = omp_get_thread_num();
-    for (const auto& run : runs) {
+    for (const auto& run : groups.together) {
       const std::int64_t first = run.first, last = run.second;
       const std::int64_t begin = segments.first(first), end = segments.first(last);
 #pragma omp for schedule(dynamic, 1)
@@ -69,13 +84,13 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Res
       for (std::int64_t s = 0; s < end - begin; ++s) combine.combine(segments[end - 1 - s]);
     }
 #pragma omp for schedule(dynamic, 1) nowait
-    for (std::int64_t k = 0; k < grads.K; ++k) {
-      if (!is_small(segments, k, grads.T)) continue;
+    for (std::int64_t i = 0; i < alone; ++i) {
+      const std::int64_t k = groups.alone[i];
       for (std::int64_t s = segments.first(k); s < segments.first(k + 1); ++s) gram.measure(s, thread);
       gram.add_up(k, G + k * matrix);
       for (std::int64_t block = 0; block < blocks; ++block) coefficients.solve_block(k, block, thread);
       coefficients.weigh(k);
-      for (std::int64_t s = segments.first(k); s < segments.first(k + 1); ++s) combine.combine(segments[s]);
+      for (std::int64_t s = segments.first(k + 1); s-- > segments.first(k);) combine.combine(segments[s]);
     }
   }
 }
