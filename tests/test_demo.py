@@ -299,6 +299,7 @@ def test_a_comparison_says_what_exceeds_the_noise():
         "sum": [run(1.0, 30.0), run(1.1, 31.0), run(1.2, 32.0)],
         "better": [run(0.9, 30.5), run(1.0, 30.5), run(1.1001, 32.0)],
         "noisy": [run(0.8, 30.0), run(1.4, 31.0), run(1.2, 32.1)],
+        "nearly": [run(0.95, 30.0), run(1.0, 31.0), run(1.05, 32.1)],  # t = 3.5, between the 90 and the 95 % of 3 seeds
     }
     found = comparison.gather(["da", "oc"], runs, ["oc"], ["oc"]) | {"arguments": {"seeds": [0, 1, 2], "jobs": 1}}
     assert found["arms"]["better"]["loss"]["low"] == [0.9, 1.0, 1.1001]
@@ -307,6 +308,7 @@ def test_a_comparison_says_what_exceeds_the_noise():
     verdict = comparison.verdict(found)
     assert "better better in loss, low-resource (-0.100 [-0.100, -0.100])" in verdict
     assert "noisy" not in verdict
+    assert "nearly" not in verdict
     assert "chrF" not in verdict
     one = comparison.gather(["da", "oc"], {name: found[:1] for name, found in runs.items()}, [], ["da"])
     assert "One seed" in comparison.report(one | {"arguments": {"seeds": [0], "jobs": 2}})

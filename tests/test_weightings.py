@@ -117,6 +117,8 @@ def test_mgda_against_least_squares(num_tasks, kind):
         want, least = shortest(rows), rows.norm(dim=1).min()
         if kind not in ("singular", "equal"):  # where several weights are equally good
             assert torch.allclose(found.weights[k], want, rtol=0, atol=1e-6)
+            if kind != "opposite":  # there the shortest vector is zero, and nothing tells the others from the two
+                assert bool((found.weights[k][want < 1e-12] == 0).all())  # nothing, not little
         # The shortest vector is unique; it is found to 1e-6 of the shortest gradient.
         assert float((found.gradient[begin:end] - want @ rows).norm() / least) < 1e-6
         # It meets the conditions of a minimum: no gradient leans back over it.
