@@ -7,7 +7,7 @@ from cases import task_gradients
 import gradvac_kernels as gvk
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-# Of one segment, of several, and of two that are one thread's (20,000 columns, T > 13) or not, as threads are few or many.
+# Of one segment, of several, and one that is one thread's or not, as threads are few or many (20,000 columns, T > 13).
 MANY = gvk.ParameterGroups.from_sizes(
     {str(k): size for k, size in enumerate((40_000, 0, 1, 700, 16_384, 33_000, 5, 20_000))}
 )
