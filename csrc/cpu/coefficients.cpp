@@ -11,34 +11,9 @@
 
 namespace gradvac::cpu {
 
-namespace {
-
-// Ranks of a few keys, without a branch; `order` gets the indices in ascending order of the keys, ties by index, but
-// for `row`, whose key is above all.
-void rank(const std::uint64_t* keys, std::int64_t T, std::int64_t row, std::int64_t* order) {
-  for (std::int64_t j = 0; j < T; ++j) {
-    std::int64_t place = 0;
-    for (std::int64_t r = 0; r < j; ++r) place += keys[r] <= keys[j];
-    for (std::int64_t r = j + 1; r < T; ++r) place += keys[r] < keys[j];
-    if (j != row) order[place] = j;
-  }
-}
-
-constexpr std::int64_t kFewKeys = 32;
-
-}  // namespace
-
-// A row on its way through the others.
-struct CoefficientPhase::Solving {
-  Row state{1};
-  double* v = nullptr;                  // [T], <g'_i, g_r>
-  double* hats = nullptr;               // [N], or null for a constant target
-  const std::int64_t* order = nullptr;  // [T - 1]
-  std::int64_t entry = 0;               // of the row in [K, T, T]
-};
-
 CoefficientPhase::CoefficientPhase(const Vaccine& vaccine, const double* G, std::int64_t K, std::int64_t T, int threads)
     : vaccine_(vaccine),
+      solver_(*variant().solver),
       G_(G),
       T_(T),
       C_(new double[K * T * T]),
@@ -48,13 +23,7 @@ CoefficientPhase::CoefficientPhase(const Vaccine& vaccine, const double* G, std:
 const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row, std::int64_t* order) const {
   if (vaccine_.order != nullptr) return vaccine_.order + (group * T_ + row) * (T_ - 1);
   const std::uint64_t state = order_state(vaccine_.seed, vaccine_.step, vaccine_.first_group + group, row);
-  if (T_ <= kFewKeys) {
-    std::uint64_t keys[kFewKeys];
-    for (std::int64_t other = 0; other < T_; ++other) keys[other] = order_key(state, other);
-    keys[row] = ~std::uint64_t{0};
-    rank(keys, T_, row, order);
-    return order;
-  }
+  if (solver_.draw(state, T_, row, order)) return order;
   std::vector<std::pair<std::uint64_t, std::int64_t>> ranked;
   ranked.reserve(T_ - 1);
   for (std::int64_t other = 0; other < T_; ++other) {
@@ -66,7 +35,7 @@ const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row,
 }
 
 // False if the row is not to be turned.
-bool CoefficientPhase::begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Solving* solving) {
+bool CoefficientPhase::begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Turning* turning) {
   const std::int64_t T = T_, entry = (group * T + row) * T;
   const double* G = G_ + group * T * T;
   std::fill(&C_[entry], &C_[entry] + T, 0.0);
@@ -78,37 +47,19 @@ bool CoefficientPhase::begin(std::int64_t group, std::int64_t row, double* v, st
   if (T == 1 || !turnable || !vaccine_.rule.limits.usable(square)) return false;
   std::copy(G + row * T, G + (row + 1) * T, v);
   double* hats = vaccine_.ema == nullptr ? nullptr : vaccine_.ema + (group * vaccine_.N + id(row)) * vaccine_.N;
-  *solving = {Row(square), v, hats, draw(group, row, order), entry};
+  *turning = {
+      square, draw(group, row, order), v, &C_[entry], hats, vaccine_.similarity + entry, vaccine_.corrected + entry};
   return true;
 }
 
 void CoefficientPhase::solve(std::int64_t group, std::int64_t first, std::int64_t last, int thread) {
-  const Vaccine& vaccine = vaccine_;
-  const std::int64_t T = T_;
-  const double* G = G_ + group * T * T;
-  Solving rows[kRows];
+  Turning rows[kRows];
   int count = 0;
   for (std::int64_t row = first; row < last; ++row) {
-    const std::int64_t place = (thread * kRows + count) * T;
+    const std::int64_t place = (thread * kRows + count) * T_;
     count += begin(group, row, &v_[place], &order_[place], &rows[count]);
   }
-  for (std::int64_t t = 0; t < T - 1; ++t) {
-    for (int r = 0; r < count; ++r) {
-      Solving& row = rows[r];
-      const std::int64_t j = row.order[t];
-      const double* G_j = G + j * T;
-      double* target = row.hats == nullptr ? nullptr : row.hats + id(j);
-      const double hat = target == nullptr ? vaccine.target : *target;
-      const Meeting meeting = row.state.meet(row.v[j], G_j[j], hat, vaccine.rule);
-      if (!meeting.measured) continue;
-      vaccine.similarity[row.entry + j] = meeting.phi;
-      vaccine.corrected[row.entry + j] = meeting.turned;
-      C_[row.entry + j] += meeting.a;
-      if (target != nullptr) *target = moving_average(hat, meeting.phi, vaccine.rule.beta);
-      if (T > kFewKeys && !meeting.turned) continue;
-      for (std::int64_t other = 0; other < T; ++other) row.v[other] += meeting.a * G_j[other];
-    }
-  }
+  if (count > 0) solver_.solve(rows, count, G_ + group * T_ * T_, T_, vaccine_);
 }
 
 void CoefficientPhase::weigh(std::int64_t group) {

@@ -92,19 +92,18 @@ class CoefficientPhase {
   void solve(std::int64_t group, std::int64_t first, std::int64_t last, int thread);
   void weigh(std::int64_t group);
 
-  static constexpr std::int64_t kRows = 8;
   std::int64_t blocks() const { return (T_ + kRows - 1) / kRows; }  // of rows
   void solve_block(std::int64_t group, std::int64_t block, int thread) {
     solve(group, block * kRows, block * kRows + kRows < T_ ? block * kRows + kRows : T_, thread);
   }
 
  private:
-  struct Solving;
-  bool begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Solving* solving);
+  bool begin(std::int64_t group, std::int64_t row, double* v, std::int64_t* order, Turning* turning);
   const std::int64_t* draw(std::int64_t group, std::int64_t row, std::int64_t* order) const;
   std::int64_t id(std::int64_t row) const { return vaccine_.task_ids == nullptr ? row : vaccine_.task_ids[row]; }
 
   const Vaccine& vaccine_;
+  const Solver& solver_;
   const double* G_;  // [K, T, T]
   std::int64_t T_;
   std::unique_ptr<double[]> C_;            // [K, T, T]

@@ -22,6 +22,7 @@ using Bfloat16Ways = Ways<Bfloat16, InFloats<Bfloat16>, InFloats<Bfloat16>, InFl
 using Float16Ways = Ways<Float16, InFloats<Float16>, InFloats<float>, void, InFloats<float>>;
 using Float64Ways = Ways<double, InDoubles<double>, InDoubles<double>, InDoubles<double>, InDoubles<double>>;
 
+extern const Solver solver;
 extern const Variant table;
 const Variant table = {
     GRADVAC_TEXT(GRADVAC_VARIANT),
@@ -32,6 +33,7 @@ const Variant table = {
     cross_gram_scratch,
     {cross_gram<Float32Ways>, cross_gram<Bfloat16Ways>, cross_gram<Float16Ways>, cross_gram<Float64Ways>},
     {combine<float>, combine<Bfloat16>, combine<Float16>, combine<double>},
+    &solver,
     read_all,
     multiply_add,
 };

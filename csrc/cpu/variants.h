@@ -19,6 +19,27 @@ using CrossGramKernel = void (*)(const void* a, std::int64_t T, std::int64_t a_s
 using CombineKernel = void (*)(const void* data, std::int64_t T, std::int64_t row_stride, std::int64_t begin,
                                std::int64_t end, const double* weights, void* out, Dtype out_dtype, bool stream);
 
+constexpr int kRows = 8;  // of a group, that are turned together
+
+// A row on its way through the others.
+struct Turning {
+  double square;              // |g_i|^2
+  const std::int64_t* order;  // [T - 1], the others
+  double* v;                  // [T], <g'_i, g_r>
+  double* c;                  // [T], g'_i = sum_r c_r g_r
+  double* hats;               // [N], or null for a constant target
+  double* similarity;         // [T]
+  bool* corrected;            // [T]
+};
+
+// Of a variant too, but compiled apart from the kernels: here every operation is rounded, there none that need not be.
+struct Solver {
+  // The others in ascending order of their keys; false if there are too many, or two of the same key.
+  bool (*draw)(std::uint64_t state, std::int64_t T, std::int64_t row, std::int64_t* order);
+  // The inner loop for at most kRows rows of the group with Gram matrix G [T, T].
+  void (*solve)(const Turning* rows, int count, const double* G, std::int64_t T, const Vaccine& vaccine);
+};
+
 struct Variant {
   const char* name;
   bool (*supported)();
@@ -28,6 +49,7 @@ struct Variant {
   std::int64_t (*cross_gram_scratch)(std::int64_t T, std::int64_t U);
   CrossGramKernel cross_gram[kDtypes];
   CombineKernel combine[kDtypes];
+  const Solver* solver;
   double (*read)(const void* data, std::int64_t bytes);
   double (*multiply_add)(std::int64_t rounds);
 };

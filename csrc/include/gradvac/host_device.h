@@ -4,5 +4,6 @@
 #ifdef __CUDACC__
 #define GRADVAC_HD __host__ __device__
 #else
-#define GRADVAC_HD
+// In line, always: what is compiled for one instruction set must not be what the linker keeps for another.
+#define GRADVAC_HD __attribute__((always_inline))
 #endif

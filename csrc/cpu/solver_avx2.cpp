@@ -1,0 +1,2 @@
+#define GRADVAC_VARIANT avx2
+#include "solver.h"

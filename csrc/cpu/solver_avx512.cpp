@@ -1,0 +1,2 @@
+#define GRADVAC_VARIANT avx512
+#include "solver.h"

@@ -1,0 +1,2 @@
+#define GRADVAC_VARIANT avx512_bf16
+#include "solver.h"

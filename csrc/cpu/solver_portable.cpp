@@ -1,0 +1,2 @@
+#define GRADVAC_VARIANT portable
+#include "solver.h"
