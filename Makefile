@@ -19,6 +19,7 @@ PY := $(VENV)/bin/python
 BIN := $(VENV)/bin/
 READY := $(VENV)/.ready
 endif
+PIP := $(PY) -m pip install --quiet --no-compile
 
 .PHONY: setup demo test lint format bench sanitize clean
 
@@ -29,9 +30,13 @@ $(READY): setup.py pyproject.toml $(NATIVE)
 	$(PY) setup.py build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 else
+# The kernels are built while packages are unpacked; the last line then has little to do, and says if anything lacks.
 $(READY): setup.py pyproject.toml constraints-dev.txt $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --no-compile --editable '.[demo,test,bench,dev]'
+	$(PIP) 'setuptools>=77' 'pybind11>=2.12' 'cmake>=3.22' ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace & native=$$!; \
+	  $(PIP) --requirement constraints-dev.txt && wait $$native
+	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[demo,test,bench,dev]'
 	@touch $@
 endif
 

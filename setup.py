@@ -25,7 +25,9 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         if ninja is None:
             raise RuntimeError("ninja is not on PATH: pip install ninja")
-        build = Path(self.build_temp).resolve() / "cmake"
+        # An editable install would build in a temporary folder, and compile everything the next time.
+        kept = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        build = (kept if self.editable_mode else Path(self.build_temp).resolve()) / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",
