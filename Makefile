@@ -35,7 +35,8 @@ $(READY): setup.py pyproject.toml constraints-dev.txt $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) 'setuptools>=77' 'pybind11>=2.12' 'cmake>=3.22' ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace & native=$$!; \
-	  $(PIP) --requirement constraints-dev.txt && wait $$native
+	  trap "kill $$native" INT TERM; \
+	  $(PIP) --requirement constraints-dev.txt; packages=$$?; wait $$native && exit $$packages
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --editable '.[demo,test,bench,dev]'
 	@touch $@
 endif

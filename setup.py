@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pybind11
@@ -20,14 +21,17 @@ ROOT = Path(__file__).parent.resolve()
 class CMakeBuild(build_ext):
     """One CMake project, ``csrc``, for all extensions."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.inplace or self.editable_mode:  # one folder for both, to compile only what has changed since
+            self.build_temp = str(ROOT / "build" / f"inplace.{sysconfig.get_config_var('SOABI')}")
+
     def build_extensions(self) -> None:
         target = Path(self.get_ext_fullpath(self.extensions[0].name)).parent.resolve()
         ninja = shutil.which("ninja")
         if ninja is None:
             raise RuntimeError("ninja is not on PATH: pip install ninja")
-        # An editable install would build in a temporary folder, and compile everything the next time.
-        kept = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
-        build = (kept if self.editable_mode else Path(self.build_temp).resolve()) / "cmake"
+        build = Path(self.build_temp).resolve() / "cmake"
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake",

@@ -1,5 +1,10 @@
 """Coefficients by themselves: what vaccinate does between its two passes, for Gram matrices from anywhere."""
 
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from cases import task_gradients
@@ -84,3 +89,19 @@ def test_bad_input_changes_nothing(change, error, match):
     with pytest.raises(error, match=match):
         gvk.coefficients(**arguments)
     assert torch.equal(ema, targets(3))
+
+
+TRAPS = """
+import ctypes, torch
+import gradvac_kernels as gvk
+grads, groups = torch.randn(9, 300), gvk.ParameterGroups.from_sizes({"a": 300})
+grads[3] = 0
+G, ema = gvk.gram(grads, groups), torch.zeros(1, 9, 9, dtype=torch.float64)
+ctypes.CDLL("libm.so.6").feenableexcept(1 | 4)  # invalid, division by zero
+gvk.coefficients(G, groups, ema, backend="cpu")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="glibc's traps on x86")
+def test_a_program_that_traps_floating_point_exceptions_is_not_stopped():
+    subprocess.run([sys.executable, "-c", TRAPS], check=True, cwd=Path(gvk.__file__).parents[1])

@@ -37,7 +37,8 @@ inline bool is_small_group(const Buffer& grads, std::int64_t group) {
 
 // Threads worth waking for this much data, at most `threads`.
 int useful_threads(const Buffer& grads, int threads);
-// Every thread of a region computes with subnormals, whatever torch.set_flush_denormal said to some of them.
+// Every thread of a region computes with subnormals, whatever torch.set_flush_denormal said to some of them, and
+// without traps: a lane may divide by zero where its result is not taken.
 class FullFloats {
  public:
   FullFloats();

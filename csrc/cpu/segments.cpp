@@ -38,7 +38,8 @@ int useful_threads(const Buffer& grads, int threads) {
 
 #ifdef GRADVAC_X86
 constexpr unsigned int kFlushing = 0x8040;  // flush to zero, denormals are zero
-FullFloats::FullFloats() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~kFlushing); }
+constexpr unsigned int kQuiet = 0x1F80;     // no exception traps
+FullFloats::FullFloats() : before_(_mm_getcsr()) { _mm_setcsr((before_ & ~kFlushing) | kQuiet); }
 FullFloats::~FullFloats() { _mm_setcsr(before_); }
 #else
 FullFloats::FullFloats() {}
