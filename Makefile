@@ -33,7 +33,7 @@ else
 # The kernels are built while packages are unpacked; the last line then has little to do, and says if anything lacks.
 $(READY): setup.py pyproject.toml constraints-dev.txt $(NATIVE)
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PIP) 'setuptools>=77' 'pybind11>=2.12' 'cmake>=3.22' ninja
+	$(PIP) setuptools pybind11 cmake ninja
 	PATH="$(abspath $(BIN)):$$PATH" $(PY) setup.py --quiet build_ext --inplace & native=$$!; \
 	  trap "kill $$native" INT TERM; \
 	  $(PIP) --requirement constraints-dev.txt; packages=$$?; wait $$native && exit $$packages

@@ -5,10 +5,8 @@ namespace gradvac::cpu {
 
 CombinePhase::CombinePhase(const Buffer& grads, const double* weights, const Result& out)
     : grads_(grads), weights_(weights), out_(out), variant_(variant()) {
-  std::int64_t columns = 0;
-  for (std::int64_t k = 0; k < grads.K; ++k) columns += grads.bounds[2 * k + 1] - grads.bounds[2 * k];
   // A result that fits stays in the cache for the optimizer; a larger one would only push the gradients out.
-  stream_ = columns * static_cast<std::int64_t>(size_of(out.dtype)) > last_cache_bytes() / 4;
+  stream_ = columns_of_all(grads) * static_cast<std::int64_t>(size_of(out.dtype)) > last_cache_bytes() / 4;
 }
 
 void CombinePhase::combine(const Segment& segment) const {

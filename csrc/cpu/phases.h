@@ -30,10 +30,13 @@ class Segments {
   std::vector<std::int64_t> first_;
 };
 
-// Few columns: every product is added up in float64.
-inline bool is_small_group(const Buffer& grads, std::int64_t group) {
-  return grads.bounds[2 * group + 1] - grads.bounds[2 * group] <= 4096;
+inline std::int64_t columns_of(const Buffer& grads, std::int64_t group) {
+  return grads.bounds[2 * group + 1] - grads.bounds[2 * group];
 }
+std::int64_t columns_of_all(const Buffer& grads);
+
+// Few columns: every product is added up in float64.
+inline bool is_small_group(const Buffer& grads, std::int64_t group) { return columns_of(grads, group) <= 4096; }
 
 // Threads worth waking for this much data, at most `threads`.
 int useful_threads(const Buffer& grads, int threads);

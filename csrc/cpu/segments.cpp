@@ -29,10 +29,14 @@ Segments::Segments(const Buffer& grads) {
   first_.push_back(count());
 }
 
-int useful_threads(const Buffer& grads, int threads) {
+std::int64_t columns_of_all(const Buffer& grads) {
   std::int64_t columns = 0;
-  for (std::int64_t k = 0; k < grads.K; ++k) columns += grads.bounds[2 * k + 1] - grads.bounds[2 * k];
-  const std::int64_t worth = columns * grads.T / kElementsAThread;
+  for (std::int64_t k = 0; k < grads.K; ++k) columns += columns_of(grads, k);
+  return columns;
+}
+
+int useful_threads(const Buffer& grads, int threads) {
+  const std::int64_t worth = columns_of_all(grads) * grads.T / kElementsAThread;
   return static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, worth)));
 }
 

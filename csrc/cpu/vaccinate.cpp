@@ -22,17 +22,15 @@ Plan plan(const Buffer& grads, const Segments& segments, int threads) {
   constexpr std::int64_t kFewRows = 32;  // with more, the recurrence is worth sharing out
   constexpr std::int64_t kOverflow = 4;  // core caches in a group of which reading the tail again still pays
   constexpr std::int64_t kShares = 4;    // groups a thread, or some would wait long for the last
-  const auto columns = [&](std::int64_t k) { return grads.bounds[2 * k + 1] - grads.bounds[2 * k]; };
   const std::int64_t column_bytes = grads.T * static_cast<std::int64_t>(size_of(grads.dtype));
-  std::int64_t all = 0;
-  for (std::int64_t k = 0; k < grads.K; ++k) all += columns(k);
+  const std::int64_t fair_share = columns_of_all(grads) / (kShares * threads);
 
   Plan found;
   std::int64_t filled = 0;
   for (std::int64_t k = 0; k < grads.K; ++k) {
-    const std::int64_t bytes = columns(k) * column_bytes;
+    const std::int64_t columns = columns_of(grads, k), bytes = columns * column_bytes;
     const bool one_segment = segments.first(k + 1) - segments.first(k) <= 1;
-    const bool shared_out = bytes <= kOverflow * core_cache_bytes() && columns(k) <= all / (kShares * threads);
+    const bool shared_out = bytes <= kOverflow * core_cache_bytes() && columns <= fair_share;
     if (grads.T <= kFewRows && (one_segment || shared_out)) {
       found.alone.push_back(k);
       continue;
@@ -48,7 +46,7 @@ Plan plan(const Buffer& grads, const Segments& segments, int threads) {
   }
   // the large ones first: the threads end together
   std::stable_sort(found.alone.begin(), found.alone.end(),
-                   [&](std::int64_t a, std::int64_t b) { return columns(a) > columns(b); });
+                   [&](std::int64_t a, std::int64_t b) { return columns_of(grads, a) > columns_of(grads, b); });
   return found;
 }
 

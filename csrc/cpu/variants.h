@@ -32,7 +32,7 @@ struct Turning {
   bool* corrected;            // [T]
 };
 
-// Of a variant too, but compiled apart from the kernels: here every operation is rounded, there none that need not be.
+// Of a variant too, but compiled apart from its kernels, which fuse multiply-adds: here every operation is rounded.
 struct Solver {
   // The others in ascending order of their keys; false if there are too many, or two of the same key.
   bool (*draw)(std::uint64_t state, std::int64_t T, std::int64_t row, std::int64_t* order);
