@@ -5,7 +5,7 @@ import functools
 import math
 
 import triton
-from triton.language import core
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 
@@ -35,8 +35,27 @@ def _patch_the_language_once() -> None:
 
 
 def _know_shapes_and_types() -> None:
-    """Every value makes its shape of objects, and looks its NumPy type up in a table that is made anew."""
-    find_dtype, dtypes = interpreter._get_np_dtype, {}
+    """Every value makes its type and its shape of objects, and compares them by making more."""
+    make_block, equal_types, types = core.block_type.__init__, core.dtype.__eq__, {}
+    broadcast, find_dtype, dtypes = semantic.TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype, {}
+
+    def value_of(size):
+        return size.value if isinstance(size, core.constexpr) else size
+
+    def block(self, element_ty, shape):
+        key = element_ty.name, *map(value_of, shape)
+        if key not in types:
+            make_block(self, element_ty, shape)
+            types[key] = self.__dict__
+        self.__dict__ = types[key]  # nobody changes a type
+
+    def equal_shapes(self, other):
+        return core.constexpr([*map(value_of, self.values)] == [*map(value_of, other)])
+
+    def broadcast_if_needed(self, a, b):
+        if a.type.is_block() and b.type.is_block() and a.type.shape.values == b.type.shape.values:
+            return a, b
+        return broadcast(self, a, b)
 
     @functools.cache
     def shape(sizes):
@@ -44,7 +63,7 @@ def _know_shapes_and_types() -> None:
 
     def tensor(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.shape, self.numel = shape(type.shape if type.is_block() else ())
+        self.shape, self.numel = shape(tuple(type.shape.values) if type.is_block() else ())
 
     def dtype(type):
         name = type.scalar.name
@@ -52,5 +71,10 @@ def _know_shapes_and_types() -> None:
             dtypes[name] = find_dtype(type)
         return dtypes[name]
 
+    core.block_type.__init__ = block
+    core.block_type.__eq__ = lambda self, other: isinstance(other, core.block_type) and self.name == other.name
+    core.dtype.__eq__ = lambda self, other: self is other or equal_types(self, other)
+    core.tuple.__eq__ = equal_shapes
     core.tensor.__init__ = tensor
+    semantic.TritonSemantic.broadcast_impl_value = broadcast_if_needed
     interpreter._get_np_dtype = dtype
