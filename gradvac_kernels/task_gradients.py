@@ -3,12 +3,14 @@ optimizer reads it."""
 
 from __future__ import annotations
 
+import itertools
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from . import checks, streaming
 from .buffer import GradientBuffer
@@ -45,7 +47,8 @@ class TaskGradients:
     ``.grad = None``, so that the optimizer passes over it. What ``.grad`` held is replaced.
 
     Args:
-        model: its trainable parameters must have one dtype and one device.
+        model: its trainable parameters must have one dtype and one device. In a data-parallel job every process has all
+            of it, and :meth:`all_reduce` does what DistributedDataParallel does otherwise.
         tasks: the names of the N tasks; a step need not have all of them.
         granularity: see :meth:`ParameterGroups.from_model`.
         method: one of :mod:`gradvac_kernels.methods`, or anything that is called as ``method(grads, groups, task_ids=,
@@ -83,6 +86,7 @@ class TaskGradients:
             raise ValueError(f"tasks: expected different names, got {list(tasks)}")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        _check_plain(model)
         self.tasks = tuple(tasks)
         self.reduction = reduction
         self.groups = ParameterGroups.from_model(model, granularity, align=32)
@@ -312,6 +316,56 @@ class TaskGradients:
             found[name] = loss.reshape(()).clone()
         self._losses |= found
 
+    def all_reduce(self, process_group: dist.ProcessGroup | None = None, reduction: str = "mean") -> None:
+        """Put together what the processes of a data-parallel job captured: called by each, before :meth:`apply`.
+
+        Afterwards each of them has the same :attr:`grads`, a row for every task that any of them captured, in the order
+        of ``tasks``, and ``apply`` gives the same ``.grad`` and the same targets in all. Reported losses go the same
+        way. It takes one collective of T x P numbers, and a small one.
+
+        Args:
+            process_group: None means the default one.
+            reduction: ``"mean"`` over the processes that captured the task, for losses that are means of a process's
+                own samples; ``"sum"``, for losses divided by the number of the task's samples in all processes.
+
+        Raises:
+            ValueError: ``reduction``, or there is no process group.
+            RuntimeError: inside :meth:`task`, or no process has captured anything since the last ``apply``.
+        """
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+        if self._capturing:
+            raise RuntimeError("all_reduce: expected captured gradients, got a call inside a task")
+        N, result = len(self.tasks), self._buffer.result
+        facts = torch.zeros(3 * N + len(self._used), dtype=torch.float64)
+        captured, reported, losses, used = facts.split([N, N, N, len(self._used)])
+        captured[self._rows] = 1
+        used.copy_(torch.tensor(self._used))
+        for name, loss in self._losses.items():
+            task = self.tasks.index(name)
+            reported[task], losses[task] = 1, loss
+        facts = facts.to(result.device)
+        dist.all_reduce(facts, group=process_group)
+        captured, reported, losses, used = facts.cpu().split([N, N, N, len(self._used)])
+        present = captured.nonzero().flatten().tolist()
+        if not present:
+            raise RuntimeError("all_reduce: expected captured gradients, got a call without any")
+        try:
+            for task in present:
+                self._row(self.tasks[task])
+            self._sort_rows()
+            shares = captured[present] if reduction == "mean" else torch.ones(len(present))
+            if bool((shares > 1).any()):  # first, as a sum may not fit 16 bits
+                self.grads.div_(shares.to(result.device, torch.float32).unsqueeze(1))
+            dist.all_reduce(self.grads, group=process_group)
+        except BaseException:
+            self.discard()
+            raise
+        self._used = used.bool().tolist()
+        if reduction == "mean":
+            losses = losses / reported
+        self._losses = {self.tasks[task]: losses[task] for task in reported.nonzero().flatten().tolist()}
+
     def apply(self) -> Vaccination:
         """Vaccinate what was captured and set the model's ``.grad``.
 
@@ -411,6 +465,15 @@ class TaskGradients:
             self._rows.append(task)
         return self._buffer.grads[self._rows.index(task)]
 
+    def _sort_rows(self) -> None:
+        """Ascending ids of the tasks."""
+        order = sorted(range(len(self._rows)), key=self._rows.__getitem__)
+        if order != list(range(len(order))):
+            for begin, end in itertools.pairwise(self.groups.offsets):  # by group: no second buffer
+                columns = self.grads[:, begin:end]
+                columns.copy_(columns[order])
+            self._rows.sort()
+
     def _note_use(self, index: int) -> Callable[[torch.Tensor], None]:
         def note(_: torch.Tensor) -> None:
             self._used[index] = True
@@ -430,3 +493,21 @@ class TaskGradients:
                     f"model: expected {slot.name!r} as before, {grads.dtype} on {grads.device} of shape "
                     f"{list(slot.shape)}, got {parameter.dtype} on {parameter.device} of shape {list(parameter.shape)}"
                 )
+
+
+def _check_plain(model: object) -> None:
+    """Refuse what averages or shards gradients by itself."""
+    if not isinstance(model, torch.nn.Module):
+        return  # ParameterGroups.from_model says so
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if kind == "DistributedDataParallel":
+            raise ValueError(
+                f"model: expected the module that {kind} {name!r} holds as .module, got the wrapper, which averages "
+                "the first of several backwards of a step only; run the module itself, and call all_reduce()"
+            )
+        if kind == "FullyShardedDataParallel":
+            raise ValueError(f"model: expected whole parameters, got {kind} {name!r}, which shards them")
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(f"model: expected whole parameters, got {name!r}, a DTensor")

@@ -101,6 +101,11 @@ class Capture(TorchFunctionMode):
     def _meet(
         self, name: str, function: Callable[..., Any], args: Any, kwargs: Any, operands: list[torch.Tensor]
     ) -> Any:
+        if torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None:
+            raise ValueError(
+                "batch: expected the model itself to run, got DistributedDataParallel around it, which averages what "
+                "autograd gives; use keep=True and TaskGradients.all_reduce()"
+            )
         try:
             self.deciding(operands)
             out = rules.rule_for(function)(self, function, args, kwargs)

@@ -12,7 +12,7 @@ def check_modules(model: torch.nn.Module) -> None:
     """Refuse what mixes samples or cannot be followed.
 
     Raises:
-        ValueError: a module in training that normalises over the batch, one that is compiled or distributed, or a hook
+        ValueError: a module in training that normalises over the batch, one that is compiled or replicated, or a hook
             on a parameter's gradient.
     """
     for name, parameter in model.named_parameters():
@@ -27,7 +27,7 @@ def check_modules(model: torch.nn.Module) -> None:
                 f"model: expected modules that keep samples apart, got {kind} {name!r}, which normalises over "
                 "the batch; put it in eval(), or use LayerNorm or GroupNorm"
             )
-        if kind in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+        if kind in ("OptimizedModule", "DataParallel"):
             raise ValueError(f"model: expected a plain module, got {kind} {name!r}, which cannot be followed")
 
 
