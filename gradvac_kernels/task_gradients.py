@@ -17,6 +17,7 @@ from .buffer import GradientBuffer
 from .groups import Granularity, ParameterGroups, gradient_stride, trainable
 from .methods import GradVac, Method
 from .numerics import DTYPES
+from .processes import Processes
 from .result import Vaccination
 
 
@@ -47,14 +48,21 @@ class TaskGradients:
     ``.grad = None``, so that the optimizer passes over it. What ``.grad`` held is replaced.
 
     Args:
-        model: its trainable parameters must have one dtype and one device. In a data-parallel job every process has all
-            of it, and :meth:`all_reduce` does what DistributedDataParallel does otherwise.
+        model: its trainable parameters must have one dtype and one device. It is run as it is: a wrapper such as
+            DistributedDataParallel is refused.
         tasks: the names of the N tasks; a step need not have all of them.
         granularity: see :meth:`ParameterGroups.from_model`.
         method: one of :mod:`gradvac_kernels.methods`, or anything that is called as ``method(grads, groups, task_ids=,
             out=)``, and for :meth:`batch` has ``in_parts`` (see :meth:`methods.Method.in_parts`); None means
             ``GradVac()``. Methods that need losses get them from :meth:`backward` or :meth:`report_losses`.
         reduction: ``"sum"`` (Algorithm 1) or ``"mean"`` (divided by the number of tasks in the step).
+        process_group: of ``torch.distributed``, for a data-parallel job, in which every process has all of the model
+            with the same parameters, and a part of the batch. Gradients, and the losses reported, are put together
+            before the method sees them: ``.grad``, ``last`` and the method's state are then the same in all processes,
+            as if one had the whole batch. Each of them must take part in every step, but need not have every task; the
+            others wait for one that raises.
+        process_reduction: ``"mean"`` over the processes that have the task, for losses that are means of a process's
+            own samples; ``"sum"``, for losses divided by the number of the task's samples in all processes.
 
     Attributes:
         tasks: the names.
@@ -74,6 +82,8 @@ class TaskGradients:
         granularity: Granularity = "all_layer",
         method: Callable[..., Vaccination] | None = None,
         reduction: str = "sum",
+        process_group: dist.ProcessGroup | None = None,
+        process_reduction: str = "mean",
     ) -> None:
         if (
             not isinstance(tasks, Sequence)
@@ -86,6 +96,10 @@ class TaskGradients:
             raise ValueError(f"tasks: expected different names, got {list(tasks)}")
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+        if process_reduction not in ("mean", "sum"):
+            raise ValueError(f"process_reduction: expected 'mean' or 'sum', got {process_reduction!r}")
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(f"process_group: expected a ProcessGroup, got {process_group!r}")
         _check_plain(model)
         self.tasks = tuple(tasks)
         self.reduction = reduction
@@ -113,6 +127,7 @@ class TaskGradients:
         self._slabs = [self.groups[k : k + 1] for k in range(len(self.groups))]
         self._coarse = streaming.coarse_groups(model, self.groups)
         self._arena: streaming.Arena | None = None
+        self._processes = None if process_group is None else Processes(process_group, process_reduction, device)
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -121,7 +136,7 @@ class TaskGradients:
 
     @property
     def grads(self) -> torch.Tensor:
-        """``[len(task_ids), P]``: the gradients captured since the last ``apply``, a view of the buffer.
+        """``[len(task_ids), P]``: what this process captured since the last ``apply``, a view of the buffer.
 
         Columns of no parameter, which pad a group, are zero.
         """
@@ -236,12 +251,18 @@ class TaskGradients:
                     yield
                 self._used = [used or index in sink.fired for index, used in enumerate(self._used)]
             else:
+                shares = None
+                if self._processes is not None:
+                    mine = present
+                    present, shares = self._processes.agree(mine, len(self.tasks))
+                    rows = torch.tensor([present.index(task) for task in mine])[rows]
                 with self.method.in_parts(self.groups, len(present), self._buffer.result.device) as step:  # type: ignore[attr-defined]
-                    stream = self._stream_sink(step, present)
+                    stream = self._stream_sink(step, present, shares)
                     with self._capture(rows, len(present), batch_dim, stream):
                         yield
                     self._used = [index in stream.fired for index in range(len(self._parameters))]
                     found = stream.close()
+                    self._agree_on_use()
                     step.losses = self._losses_of(present)
                 self._set_grads(found, tuple(present))
         except BaseException:
@@ -316,56 +337,6 @@ class TaskGradients:
             found[name] = loss.reshape(()).clone()
         self._losses |= found
 
-    def all_reduce(self, process_group: dist.ProcessGroup | None = None, reduction: str = "mean") -> None:
-        """Put together what the processes of a data-parallel job captured: called by each, before :meth:`apply`.
-
-        Afterwards each of them has the same :attr:`grads`, a row for every task that any of them captured, in the order
-        of ``tasks``, and ``apply`` gives the same ``.grad`` and the same targets in all. Reported losses go the same
-        way. It takes one collective of T x P numbers, and a small one.
-
-        Args:
-            process_group: None means the default one.
-            reduction: ``"mean"`` over the processes that captured the task, for losses that are means of a process's
-                own samples; ``"sum"``, for losses divided by the number of the task's samples in all processes.
-
-        Raises:
-            ValueError: ``reduction``, or there is no process group.
-            RuntimeError: inside :meth:`task`, or no process has captured anything since the last ``apply``.
-        """
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-        if self._capturing:
-            raise RuntimeError("all_reduce: expected captured gradients, got a call inside a task")
-        N, result = len(self.tasks), self._buffer.result
-        facts = torch.zeros(3 * N + len(self._used), dtype=torch.float64)
-        captured, reported, losses, used = facts.split([N, N, N, len(self._used)])
-        captured[self._rows] = 1
-        used.copy_(torch.tensor(self._used))
-        for name, loss in self._losses.items():
-            task = self.tasks.index(name)
-            reported[task], losses[task] = 1, loss
-        facts = facts.to(result.device)
-        dist.all_reduce(facts, group=process_group)
-        captured, reported, losses, used = facts.cpu().split([N, N, N, len(self._used)])
-        present = captured.nonzero().flatten().tolist()
-        if not present:
-            raise RuntimeError("all_reduce: expected captured gradients, got a call without any")
-        try:
-            for task in present:
-                self._row(self.tasks[task])
-            self._sort_rows()
-            shares = captured[present] if reduction == "mean" else torch.ones(len(present))
-            if bool((shares > 1).any()):  # first, as a sum may not fit 16 bits
-                self.grads.div_(shares.to(result.device, torch.float32).unsqueeze(1))
-            dist.all_reduce(self.grads, group=process_group)
-        except BaseException:
-            self.discard()
-            raise
-        self._used = used.bool().tolist()
-        if reduction == "mean":
-            losses = losses / reported
-        self._losses = {self.tasks[task]: losses[task] for task in reported.nonzero().flatten().tolist()}
-
     def apply(self) -> Vaccination:
         """Vaccinate what was captured and set the model's ``.grad``.
 
@@ -373,15 +344,17 @@ class TaskGradients:
             The :class:`Vaccination`.
 
         Raises:
-            RuntimeError: inside :meth:`task`, or nothing was captured since the last ``apply``.
+            RuntimeError: inside :meth:`task`, or nothing was captured, in no process, since the last ``apply``.
         """
-        if self._capturing or not self._rows:
+        if self._capturing or not (self._rows or self._processes):
             raise RuntimeError(
                 "apply: expected captured gradients, got a call "
                 + ("inside a task" if self._capturing else "without any")
             )
         result = self._buffer.result
         try:
+            if self._processes is not None:
+                self._put_together(self._processes)
             more = {"losses": self._losses_of(self._rows)} if isinstance(self.method, Method) else {}
             found = self.method(self.grads, self.groups, task_ids=self._rows, out=result, **more)
         except BaseException:
@@ -450,13 +423,14 @@ class TaskGradients:
         if not sink.fired:
             raise RuntimeError("batch: expected a backward of the batch's loss in the context, got none")
 
-    def _stream_sink(self, step: Any, present: list[int]) -> streaming.StreamSink:
+    def _stream_sink(self, step: Any, present: list[int], shares: torch.Tensor | None) -> streaming.StreamSink:
         result = self._buffer.result
         if self._arena is None:
             self._arena = streaming.Arena(result.dtype, result.device)
         return streaming.StreamSink(
-            self.groups, self._slabs, self._coarse, len(present), step, tuple(present), result, self._arena
-        )
+            self.groups, self._slabs, self._coarse, len(present), step, tuple(present), result, self._arena,
+            self._processes, shares,
+        )  # fmt: skip
 
     def _row(self, name: str) -> torch.Tensor:
         task = self.tasks.index(name)
@@ -465,14 +439,33 @@ class TaskGradients:
             self._rows.append(task)
         return self._buffer.grads[self._rows.index(task)]
 
-    def _sort_rows(self) -> None:
-        """Ascending ids of the tasks."""
-        order = sorted(range(len(self._rows)), key=self._rows.__getitem__)
-        if order != list(range(len(order))):
+    def _put_together(self, processes: Processes) -> None:
+        """The rows of all processes, in the order of the tasks."""
+        present, shares = processes.agree(self._rows, len(self.tasks))
+        if not present:
+            raise RuntimeError("apply: expected captured gradients, got a call without any in any process")
+        for task in present:
+            self._row(self.tasks[task])
+        if self._rows != present:
+            order = [self._rows.index(task) for task in present]
             for begin, end in itertools.pairwise(self.groups.offsets):  # by group: no second buffer
                 columns = self.grads[:, begin:end]
                 columns.copy_(columns[order])
-            self._rows.sort()
+            self._rows = present
+        processes.start(self.grads, shares).wait()
+        self._agree_on_use()
+
+    def _agree_on_use(self) -> None:
+        """What any process knows of parameters and losses."""
+        if self._processes is None:
+            return
+        self._used = self._processes.add(torch.tensor(self._used, dtype=torch.float64)).bool().tolist()
+        if getattr(self.method, "needs_losses", False):
+            values, known = torch.zeros(2, len(self.tasks), dtype=torch.float64)
+            for name, loss in self._losses.items():
+                values[self.tasks.index(name)], known[self.tasks.index(name)] = loss, 1
+            losses = self._processes.average(values, known)
+            self._losses = {self.tasks[task]: loss for task, loss in losses.items()}
 
     def _note_use(self, index: int) -> Callable[[torch.Tensor], None]:
         def note(_: torch.Tensor) -> None:
@@ -504,7 +497,7 @@ def _check_plain(model: object) -> None:
         if kind == "DistributedDataParallel":
             raise ValueError(
                 f"model: expected the module that {kind} {name!r} holds as .module, got the wrapper, which averages "
-                "the first of several backwards of a step only; run the module itself, and call all_reduce()"
+                "the first of several backwards only; run the module itself, and give its process_group"
             )
         if kind == "FullyShardedDataParallel":
             raise ValueError(f"model: expected whole parameters, got {kind} {name!r}, which shards them")

@@ -104,7 +104,7 @@ class Capture(TorchFunctionMode):
         if torch.nn.parallel.DistributedDataParallel._active_ddp_module is not None:
             raise ValueError(
                 "batch: expected the model itself to run, got DistributedDataParallel around it, which averages what "
-                "autograd gives; use keep=True and TaskGradients.all_reduce()"
+                "autograd gives; TaskGradients(..., process_group=...) does it for each task"
             )
         try:
             self.deciding(operands)

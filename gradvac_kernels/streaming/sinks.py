@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from .. import ops
 from ..groups import ParameterGroups
+from ..processes import Processes
 from ..result import Vaccination
 from .arena import Arena
 from .slab import Part, Slab, Table, Target, view_of
@@ -77,6 +79,9 @@ class StreamSink:
     A group of ``coarse`` has no slab: its uses are kept, its Gram matrix is summed over the parameters, one small slab
     at a time, and its update is one more gradient, of the weighted results.
 
+    In a data-parallel job slabs are put together first, in the same order in all processes: from the last group to the
+    first, as they are mostly completed. One is under way while the next is filled.
+
     Args:
         groups: the K groups.
         slabs: ``groups[k : k + 1]`` for each k.
@@ -86,6 +91,8 @@ class StreamSink:
         task_ids: which task each row is.
         result: ``[P]``, where the update goes.
         arena: where slabs come from.
+        processes: of a data-parallel job.
+        shares: ``[T]``, what the rows of all processes are divided by.
     """
 
     def __init__(
@@ -98,9 +105,16 @@ class StreamSink:
         task_ids: tuple[int, ...],
         result: torch.Tensor,
         arena: Arena,
+        processes: Processes | None = None,
+        shares: torch.Tensor | None = None,
     ) -> None:
         self.fired: set[int] = set()
         self._found: dict[int, Vaccination] = {}  # by group
+        self._complete: set[int] = set()  # groups
+        self._next = len(groups) - 1  # the group to be put together next
+        self._under_way: deque[tuple[int, dist.Work]] = deque()  # groups
+        self._processes = processes
+        self._shares = torch.ones(num_tasks, dtype=torch.float64) if shares is None else shares
         self._groups = groups
         self._slabs = slabs
         self._coarse = coarse
@@ -133,13 +147,13 @@ class StreamSink:
     def expect(self, parameters: Sequence[int]) -> None:
         for index in parameters:
             slot = self._groups.parameters[index]
-            if slot.group in self._found:
+            if slot.group in self._complete:
                 raise self._late(index)
             self._pending.setdefault(slot.group, Counter())[index] += 1
 
     def add(self, use: Use) -> None:
         for part in use.parts:
-            if part is not None and self._group_of(part) in self._found:
+            if part is not None and self._group_of(part) in self._complete:
                 raise self._late(part.parameter)
         now = [part is not None and self._group_of(part) not in self._coarse for part in use.parts]
         if any(now):
@@ -160,7 +174,7 @@ class StreamSink:
     def complete(self, parameter: int) -> None:
         self.fired.add(parameter)
         group = self._groups.parameters[parameter].group
-        if group in self._found:
+        if group in self._complete:
             raise self._late(parameter)
         pending = self._pending[group]
         pending[parameter] -= 1
@@ -173,13 +187,35 @@ class StreamSink:
         if missing:
             raise RuntimeError(f"batch: expected a backward that finishes, got no gradient of {missing[0]!r}")
         for group in range(len(self._groups)):
-            if group not in self._found:
+            if group not in self._complete:
                 self._finish(group)
+        while self._under_way:
+            self._arrive()
         parts = [self._found[group] for group in range(len(self._groups))]
         _, *measured = zip(*parts)
         return Vaccination(self._result, *map(torch.cat, measured))
 
     def _finish(self, group: int) -> None:
+        self._complete.add(group)
+        if self._processes is None:
+            self._vaccinate(group)
+            return
+        while self._next in self._complete:
+            following, self._next = self._next, self._next - 1
+            if following in self._coarse:
+                self._vaccinate(following)
+                continue
+            self._under_way.append((following, self._processes.start(self._slab(following).grads, self._shares)))
+            if len(self._under_way) > 1:
+                self._arrive()
+
+    def _arrive(self) -> None:
+        """Of the groups under way, the first one."""
+        group, work = self._under_way.popleft()
+        work.wait()
+        self._vaccinate(group)
+
+    def _vaccinate(self, group: int) -> None:
         begin, end = self._groups.offsets[group], self._groups.offsets[group + 1]
         out = self._result[begin:end]
         if group in self._coarse:
@@ -198,7 +234,7 @@ class StreamSink:
         members = list(zip(self._members[group], self._slabs[group].parameters))
         for index, slot in members:
             uses = self._uses.get(index, ())
-            if not uses and index not in self._dense:
+            if not uses and index not in self._dense and self._processes is None:
                 continue
             alone = ParameterGroups((slot.name,), (0, slot.numel), (slot.numel,), 0, (replace(slot, offset=0),))
             slab = Slab(alone, [index], self._rows_of([index]), self._num_tasks, self._arena)
@@ -206,10 +242,12 @@ class StreamSink:
                 slab.grads.copy_(self._dense[index])
             for use in uses:
                 use.add([slab.target(part) if part and part.parameter == index else None for part in use.parts])
+            if self._processes is not None:
+                self._processes.start(slab.grads, self._shares).wait()
             G += ops.gram(slab.grads, slab.groups)
             slab.release()
         found = self._step.weigh(G, self._slabs[group], self._task_ids, out.dtype)
-        weights = found.weights[0]
+        weights = found.weights[0] / self._shares.to(out.device)
         out.zero_()
         for index, slot in members:
             row = out[slot.offset : slot.offset + slot.numel].unsqueeze(0)
@@ -220,6 +258,8 @@ class StreamSink:
                     weights,
                     [Target(view_of(row, part, 0)) if part and part.parameter == index else None for part in use.parts],
                 )
+        if self._processes is not None:
+            self._processes.start(out).wait()
         return Vaccination(out, found.weights, found.similarity, found.corrected, G)
 
     def _group_of(self, part: Part) -> int:
@@ -236,7 +276,12 @@ class StreamSink:
         return self._slab(self._group_of(part)).target(part)
 
     def _rows_of(self, members: Sequence[int]) -> dict[int, torch.Tensor]:
-        """Of the embeddings among these of which no more than half can have been looked up: those rows."""
+        """Of the embeddings among these of which no more than half can have been looked up: those rows.
+
+        Other processes have looked up others: none then.
+        """
+        if self._processes is not None:
+            return {}
         for index in members:
             ids, slot = self._announced.get(index), self._groups.parameters[index]
             if ids and 2 * sum(some.numel() for some in ids) <= slot.shape[0] and slot.stride == (slot.shape[1], 1):
