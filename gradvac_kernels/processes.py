@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,16 @@ class Processes:
         self._group = group
         self._mean = reduction == "mean"
         self._device = device
+
+    def are_equal(self, layout: object, parameters: Iterable[torch.Tensor]) -> bool:
+        """Whether all processes have the same layout, by what it prints, and the same parameters."""
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        mine = [torch.tensor(zlib.crc32(repr(layout).encode()), device=self._device)]
+        mine += [parameter.detach().view(bits[parameter.itemsize]).sum() for parameter in parameters]  # in any order
+        ends = torch.stack([torch.stack(mine).sum(), -torch.stack(mine).sum()])
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self._group)
+        most, least = ends.tolist()
+        return bool(most == -least)
 
     def agree(self, tasks: Sequence[int], num_tasks: int) -> tuple[list[int], torch.Tensor]:
         """The tasks that any process has, ascending, and how many have each, ``[T]`` float64; for a sum, ones."""
@@ -48,7 +59,9 @@ class Processes:
         Args:
             shares: ``[T]``, what the rows are divided by.
         """
-        if shares is not None and bool((shares > 1).any()):  # first, as a sum may not fit 16 bits
-            values.div_(shares.to(values.device, torch.float32).unsqueeze(1))
+        if shares is not None:
+            for row, share in zip(values, shares.tolist()):
+                if share > 1:
+                    row /= share  # first: a sum may not fit 16 bits
         work: dist.Work = dist.all_reduce(values, group=self._group, async_op=True)
         return work

@@ -3,7 +3,6 @@ optimizer reads it."""
 
 from __future__ import annotations
 
-import itertools
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,8 +47,7 @@ class TaskGradients:
     ``.grad = None``, so that the optimizer passes over it. What ``.grad`` held is replaced.
 
     Args:
-        model: its trainable parameters must have one dtype and one device. It is run as it is: a wrapper such as
-            DistributedDataParallel is refused.
+        model: its trainable parameters must have one dtype and one device, and no wrapper may average their gradients.
         tasks: the names of the N tasks; a step need not have all of them.
         granularity: see :meth:`ParameterGroups.from_model`.
         method: one of :mod:`gradvac_kernels.methods`, or anything that is called as ``method(grads, groups, task_ids=,
@@ -59,8 +57,9 @@ class TaskGradients:
         process_group: of ``torch.distributed``, for a data-parallel job, in which every process has all of the model
             with the same parameters, and a part of the batch. Gradients, and the losses reported, are put together
             before the method sees them: ``.grad``, ``last`` and the method's state are then the same in all processes,
-            as if one had the whole batch. Each of them must take part in every step, but need not have every task; the
-            others wait for one that raises.
+            as if one had the whole batch. Each of them must take part in making this and in every step (in
+            :meth:`batch`, with one sample at least), but need not have every task; the others wait for one that raises.
+            None: gradients of other processes are not looked at.
         process_reduction: ``"mean"`` over the processes that have the task, for losses that are means of a process's
             own samples; ``"sum"``, for losses divided by the number of the task's samples in all processes.
 
@@ -72,7 +71,7 @@ class TaskGradients:
         last: the last :class:`Vaccination`, or None. Its gradient is the buffer's result: the next step overwrites it.
 
     Raises:
-        TypeError, ValueError: an argument is not as above.
+        TypeError, ValueError: an argument is not as above, or not the same in all processes.
     """
 
     def __init__(
@@ -100,10 +99,10 @@ class TaskGradients:
             raise ValueError(f"process_reduction: expected 'mean' or 'sum', got {process_reduction!r}")
         if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(f"process_group: expected a ProcessGroup, got {process_group!r}")
-        _check_plain(model)
         self.tasks = tuple(tasks)
         self.reduction = reduction
         self.groups = ParameterGroups.from_model(model, granularity, align=32)
+        _check_whole(model)
         named = dict(trainable(model))
         kinds = {(parameter.dtype, parameter.device): name for name, parameter in named.items()}
         if len(kinds) > 1:
@@ -127,7 +126,14 @@ class TaskGradients:
         self._slabs = [self.groups[k : k + 1] for k in range(len(self.groups))]
         self._coarse = streaming.coarse_groups(model, self.groups)
         self._arena: streaming.Arena | None = None
-        self._processes = None if process_group is None else Processes(process_group, process_reduction, device)
+        self._processes: Processes | None = None
+        if process_group is not None:
+            self._processes = Processes(process_group, process_reduction, device)
+            if not self._processes.are_equal((self.tasks, self.groups, reduction), self._parameters):
+                raise ValueError(
+                    "process_group: expected the same tasks, in the same order, and the same parameters in all "
+                    "processes, got others here than in another"
+                )
 
     @property
     def task_ids(self) -> tuple[int, ...]:
@@ -251,9 +257,8 @@ class TaskGradients:
                     yield
                 self._used = [used or index in sink.fired for index, used in enumerate(self._used)]
             else:
-                shares = None
+                mine, shares = present, None
                 if self._processes is not None:
-                    mine = present
                     present, shares = self._processes.agree(mine, len(self.tasks))
                     rows = torch.tensor([present.index(task) for task in mine])[rows]
                 with self.method.in_parts(self.groups, len(present), self._buffer.result.device) as step:  # type: ignore[attr-defined]
@@ -262,7 +267,7 @@ class TaskGradients:
                         yield
                     self._used = [index in stream.fired for index in range(len(self._parameters))]
                     found = stream.close()
-                    self._agree_on_use()
+                    self._agree_on_use(mine)
                     step.losses = self._losses_of(present)
                 self._set_grads(found, tuple(present))
         except BaseException:
@@ -441,29 +446,30 @@ class TaskGradients:
 
     def _put_together(self, processes: Processes) -> None:
         """The rows of all processes, in the order of the tasks."""
-        present, shares = processes.agree(self._rows, len(self.tasks))
+        mine = self._rows.copy()
+        present, shares = processes.agree(mine, len(self.tasks))
         if not present:
             raise RuntimeError("apply: expected captured gradients, got a call without any in any process")
         for task in present:
             self._row(self.tasks[task])
         if self._rows != present:
             order = [self._rows.index(task) for task in present]
-            for begin, end in itertools.pairwise(self.groups.offsets):  # by group: no second buffer
-                columns = self.grads[:, begin:end]
+            for columns in self.grads.split(1 << 16, dim=1):  # not all at once: there is no room for a second buffer
                 columns.copy_(columns[order])
             self._rows = present
         processes.start(self.grads, shares).wait()
-        self._agree_on_use()
+        self._agree_on_use(mine)
 
-    def _agree_on_use(self) -> None:
-        """What any process knows of parameters and losses."""
+    def _agree_on_use(self, mine: Sequence[int]) -> None:
+        """What all processes know of parameters, and of the losses of tasks; this one captured ``mine``."""
         if self._processes is None:
             return
         self._used = self._processes.add(torch.tensor(self._used, dtype=torch.float64)).bool().tolist()
         if getattr(self.method, "needs_losses", False):
             values, known = torch.zeros(2, len(self.tasks), dtype=torch.float64)
-            for name, loss in self._losses.items():
-                values[self.tasks.index(name)], known[self.tasks.index(name)] = loss, 1
+            for task in mine:
+                if self.tasks[task] in self._losses:
+                    values[task], known[task] = self._losses[self.tasks[task]], 1
             losses = self._processes.average(values, known)
             self._losses = {self.tasks[task]: loss for task, loss in losses.items()}
 
@@ -488,19 +494,15 @@ class TaskGradients:
                 )
 
 
-def _check_plain(model: object) -> None:
+def _check_whole(model: torch.nn.Module) -> None:
     """Refuse what averages or shards gradients by itself."""
-    if not isinstance(model, torch.nn.Module):
-        return  # ParameterGroups.from_model says so
     for name, module in model.named_modules():
-        kind = type(module).__name__
-        if kind == "DistributedDataParallel":
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and any(trainable(module)):
             raise ValueError(
-                f"model: expected the module that {kind} {name!r} holds as .module, got the wrapper, which averages "
-                "the first of several backwards only; run the module itself, and give its process_group"
+                f"model: expected a module without DistributedDataParallel, got it as {name!r}: it averages the "
+                "gradients of a backward whatever task that is for; run what it holds, and give a process_group"
             )
-        if kind == "FullyShardedDataParallel":
-            raise ValueError(f"model: expected whole parameters, got {kind} {name!r}, which shards them")
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":
-            raise ValueError(f"model: expected whole parameters, got {name!r}, a DTensor")
+    for name, parameter in trainable(model):
+        kind = type(parameter).__name__
+        if kind in ("DTensor", "FlatParameter") or hasattr(parameter, "_fsdp_flattened"):
+            raise ValueError(f"model: expected whole parameters, got {name!r}, which is sharded")

@@ -1,4 +1,4 @@
-"""Two processes with a part of each batch, against one process with all of it."""
+"""Two processes of a job of three, with a part of each batch, against one process with all of it."""
 
 from datetime import timedelta
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import gradvac_kernels as gvk
 from gradvac_kernels import methods
@@ -59,11 +61,11 @@ def losses_of(model, step, parts, reduction, rank):
     return losses
 
 
-def train(rank, parts, reduction, how, granularity, method=gvk.GradVac):
+def train(group, rank, parts, reduction, how, granularity, method=gvk.GradVac):
     """The steps of one of two processes; of one that has all samples, where rank is None."""
     torch.manual_seed(0)
     model = Reader()
-    job = {} if rank is None else {"process_group": dist.group.WORLD, "process_reduction": reduction}
+    job = {} if rank is None else {"process_group": group, "process_reduction": reduction}
     tasks = gvk.TaskGradients(model, TASKS, granularity, method(num_tasks=3), **job)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
@@ -75,7 +77,8 @@ def train(rank, parts, reduction, how, granularity, method=gvk.GradVac):
             counts = [parts[name][rank].stop - parts[name][rank].start for name in mine]
             words, y = map(torch.cat, zip(*(samples(step, name, parts[name][rank]) for name in mine)))
             task_of_sample = [name for name, count in zip(mine, counts) for _ in range(count)]
-            tasks.report_losses(losses_of(model, step, parts, reduction, rank))
+            losses = losses_of(model, step, parts, reduction, rank)  # what stands there for others does not matter
+            tasks.report_losses(torch.stack([losses.get(name, torch.tensor(torch.nan)) for name in TASKS]))
             with tasks.batch(task_of_sample, keep=how == "kept"):
                 each = (model(words, rank) - y).square().squeeze(1)
                 (gvk.task_mean_loss(each, task_of_sample) if reduction == "mean" else each.sum() / 4).backward()
@@ -92,29 +95,62 @@ def train(rank, parts, reduction, how, granularity, method=gvk.GradVac):
     }
 
 
-def refusals():
+def small_steps(group, rank):
+    """What does not fit a training."""
+    weight = nn.Linear(4, 1, bias=False)
+    nn.init.ones_(weight.weight)
+    tasks = gvk.TaskGradients(weight, TASKS, method=methods.GradNorm(num_tasks=3), process_group=group)
+    tasks.report_losses(torch.tensor([1.0, 2.0, 4.0] if rank else [3.0, float("nan"), 0.0]))
+    if rank:  # the other one has captured nothing
+        with tasks.task("hi"):
+            weight(torch.ones(4)).backward()
+    tasks.apply()
+    found = {"alone": weight.weight.grad.clone(), "losses": tasks.method.state_dict()["first_losses"]}
+    half = nn.Linear(4, 1, bias=False).half()
+    nn.init.ones_(half.weight)
+    tasks = gvk.TaskGradients(half, TASKS, method=methods.Sum(), process_group=group)
+    tasks.backward({"de": (60_000 * half.weight).sum()})  # twice that is beyond float16
+    return found | {"half": half.weight.grad.clone()}
+
+
+def refusals(group, rank):
     """What each wrong call says, in a process of a job."""
-    model, words = Reader(), torch.zeros(2, 3, dtype=torch.int64)
-    wrapped, said = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True), {}
+    model, words, said = Reader(), torch.zeros(2, 3, dtype=torch.int64), {}
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=group, find_unused_parameters=True)
 
     def note(name, call):
         try:
             call()
+            said[name] = "nothing"
         except (TypeError, ValueError, RuntimeError) as error:
             said[name] = f"{type(error).__name__}: {error}"
-
-    note("wrapped", lambda: gvk.TaskGradients(wrapped, TASKS))
-    note("a part is wrapped", lambda: gvk.TaskGradients(nn.Sequential(nn.Linear(2, 2), wrapped), TASKS))
-    note("reduction", lambda: gvk.TaskGradients(model, TASKS, process_reduction="max"))
-    note("group", lambda: gvk.TaskGradients(model, TASKS, process_group="gloo"))
-    tasks = gvk.TaskGradients(model, TASKS, process_group=dist.group.WORLD)
 
     def run_wrapped():
         with gvk.TaskGradients(model, TASKS).batch([0, 1]):
             wrapped(words, 0).sum().backward()
 
+    def sharded(frozen):
+        head = nn.Linear(2, 2)
+        base = fully_shard(nn.Linear(2, 2), mesh=DeviceMesh.from_group(group, "cpu")).requires_grad_(not frozen)
+        gvk.TaskGradients(nn.Sequential(base, head), TASKS)
+
+    def flattened():
+        whole = FullyShardedDataParallel(nn.Linear(4, 4), group, use_orig_params=True, device_id=torch.device("cpu"))
+        gvk.TaskGradients(whole.module, TASKS)
+
+    note("wrapped", lambda: gvk.TaskGradients(wrapped, TASKS))
+    note("a part is wrapped", lambda: gvk.TaskGradients(nn.Sequential(nn.Linear(2, 2), wrapped), TASKS))
+    note("sharded", lambda: sharded(False))
+    note("frozen and sharded", lambda: sharded(True))
+    note("flattened", flattened)
     note("run wrapped", run_wrapped)
-    note("nothing", tasks.apply)
+    note("reduction", lambda: gvk.TaskGradients(model, TASKS, process_reduction="max"))
+    note("group", lambda: gvk.TaskGradients(model, TASKS, process_group="gloo"))
+    note("other tasks", lambda: gvk.TaskGradients(model, TASKS[::-1] if rank else TASKS, process_group=group))
+    note("nothing", gvk.TaskGradients(model, TASKS, process_group=group).apply)
+    with torch.no_grad():
+        model.idle.bias += rank
+    note("other parameters", lambda: gvk.TaskGradients(model, TASKS, process_group=group))
     return said
 
 
@@ -133,11 +169,13 @@ TRAININGS |= {
 
 def work(rank, folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2, timeout=timedelta(minutes=2)
-    )
-    found = {name: train(rank, *training) for name, training in TRAININGS.items()}
-    torch.save(found | {"refusals": refusals()}, f"{folder}/{rank}.pt")
+    meeting, patience = f"file://{folder}/meeting", timedelta(minutes=2)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3, timeout=patience)
+    group = dist.new_group([0, 1], timeout=patience)
+    if rank < 2:
+        found = {name: train(group, rank, *training) for name, training in TRAININGS.items()}
+        found |= {"small steps": small_steps(group, rank), "refusals": refusals(group, rank)}
+        torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -146,14 +184,14 @@ def work(rank, folder):
 def processes(tmp_path_factory):
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(work, args=(folder,), nprocs=2)
+    torch.multiprocessing.spawn(work, args=(folder,), nprocs=3)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("training", TRAININGS)
 def test_all_processes_train_as_one_would(processes, training):
     first, second = (found[training] for found in processes)
-    alone = train(None, *TRAININGS[training])
+    alone = train(None, None, *TRAININGS[training])
     for key, value in first.items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(value, second[key])
@@ -163,12 +201,24 @@ def test_all_processes_train_as_one_would(processes, training):
             assert value == second[key] == alone[key]
 
 
+def test_small_steps(processes):
+    for found in (its["small steps"] for its in processes):
+        assert torch.equal(found["alone"], torch.ones(1, 4))  # not halved: one process has the task
+        assert torch.equal(found["losses"].nan_to_num(-1.0), torch.tensor([-1.0, -1.0, 4.0], dtype=torch.float64))
+        assert torch.equal(found["half"], torch.full((1, 4), 60_000.0, dtype=torch.float16))
+
+
 def test_refusals(processes):
     said = processes[0]["refusals"]
-    assert said["wrapped"].startswith("ValueError: model: expected the module that DistributedDataParallel '' holds")
-    assert "DistributedDataParallel '1'" in said["a part is wrapped"]
+    assert said["wrapped"].startswith("ValueError: model: expected a module without DistributedDataParallel, got")
+    assert "got it as '1'" in said["a part is wrapped"]
+    assert said["sharded"] == "ValueError: model: expected whole parameters, got '0.weight', which is sharded"
+    assert said["frozen and sharded"] == "nothing"
+    assert said["flattened"].startswith("ValueError: model: expected whole parameters")
+    assert said["run wrapped"].startswith("ValueError: batch: expected the model itself to run")
     assert said["reduction"] == "ValueError: process_reduction: expected 'mean' or 'sum', got 'max'"
     assert said["group"] == "TypeError: process_group: expected a ProcessGroup, got 'gloo'"
-    assert said["run wrapped"].startswith("ValueError: batch: expected the model itself to run")
+    assert said["other tasks"] == said["other parameters"]
+    assert said["other tasks"].startswith("ValueError: process_group: expected the same tasks")
     assert said["nothing"] == "RuntimeError: apply: expected captured gradients, got a call without any in any process"
     assert processes[1]["refusals"] == said
