@@ -3,6 +3,7 @@
 import pytest
 import streamed
 import torch
+import torch.distributed as dist
 from cases import LAYOUTS
 from test_parity import check_run
 
@@ -430,6 +431,28 @@ def test_one_mixed_batch_is_one_backward_a_task(granularity):
         f(True) for f in (streamed.tied_transformer, streamed.tied_losses, streamed.tied_inputs)
     )
     streamed.check_steps(model, losses_of, inputs_of, 5, granularity=granularity, device=GPU)
+
+
+@pytest.mark.skipif(not (dist.is_available() and dist.is_nccl_available()), reason="no NCCL")
+@pytest.mark.parametrize("granularity", ["all_layer", "whole_model"])
+def test_a_job_of_one_process(tmp_path, granularity):
+    """What NCCL adds up of one process is what it was."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model, inputs = streamed.towers().to(GPU), [x.to(GPU) for x in streamed.tower_inputs(9, torch.Generator())]
+        alone = gvk.TaskGradients(model, streamed.named(3), granularity)
+        job = gvk.TaskGradients(model, streamed.named(3), granularity, process_group=dist.group.WORLD)
+        for step in range(3):
+            ids, found = streamed.draw_tasks(3, 9, step), []
+            for tasks in (alone, job):
+                streamed.one_batch(model, tasks, streamed.tower_losses, inputs, ids)
+                found.append(tasks.last.gradient.clone())
+                streamed.one_batch(model, tasks, streamed.tower_losses, inputs, ids, keep=True)
+                found.append(tasks.apply().gradient.clone())
+            assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+        assert torch.equal(alone.method.ema, job.method.ema)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_streaming_under_autocast_and_a_scaler():
