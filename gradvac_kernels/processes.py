@@ -16,12 +16,16 @@ class Processes:
         group: of torch.distributed.
         reduction: ``"mean"`` over the processes that have a task, or ``"sum"``.
         device: of the gradients; everything is exchanged there.
+
+    Attributes:
+        is_first: whether this process is the first one of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup, reduction: str, device: torch.device) -> None:
         self._group = group
         self._mean = reduction == "mean"
         self._device = device
+        self.is_first = dist.get_rank(group) == 0
 
     def are_equal(self, layout: object, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether all processes have the same layout, by what it prints, and the same parameters."""

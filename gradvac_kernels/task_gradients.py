@@ -127,6 +127,7 @@ class TaskGradients:
         self._coarse = streaming.coarse_groups(model, self.groups)
         self._arena: streaming.Arena | None = None
         self._processes: Processes | None = None
+        self._order = list(reversed(range(len(self.groups))))  # in which a backward is expected to complete the groups
         if process_group is not None:
             self._processes = Processes(process_group, process_reduction, device)
             if not self._processes.are_equal((self.tasks, self.groups, reduction), self._parameters):
@@ -268,6 +269,7 @@ class TaskGradients:
                     self._used = [index in stream.fired for index in range(len(self._parameters))]
                     found = stream.close()
                     self._agree_on_use(mine)
+                    self._agree_on_order(stream)
                     step.losses = self._losses_of(present)
                 self._set_grads(found, tuple(present))
         except BaseException:
@@ -434,7 +436,7 @@ class TaskGradients:
             self._arena = streaming.Arena(result.dtype, result.device)
         return streaming.StreamSink(
             self.groups, self._slabs, self._coarse, len(present), step, tuple(present), result, self._arena,
-            self._processes, shares,
+            self._processes, shares, self._order,
         )  # fmt: skip
 
     def _row(self, name: str) -> torch.Tensor:
@@ -472,6 +474,15 @@ class TaskGradients:
                     values[task], known[task] = self._losses[self.tasks[task]], 1
             losses = self._processes.average(values, known)
             self._losses = {self.tasks[task]: loss for task, loss in losses.items()}
+
+    def _agree_on_order(self, stream: streaming.StreamSink) -> None:
+        """The next step's is that of this one's in the first process."""
+        if self._processes is None:
+            return
+        completed = torch.tensor(list(stream.completed), dtype=torch.float64)
+        order = [int(group) for group in self._processes.add(completed * self._processes.is_first)]
+        if order != self._order:
+            self._order, self._arena = order, None  # fewer slabs will wait
 
     def _note_use(self, index: int) -> Callable[[torch.Tensor], None]:
         def note(_: torch.Tensor) -> None:

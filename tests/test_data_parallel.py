@@ -113,6 +113,30 @@ def small_steps(group, rank):
     return found | {"half": half.weight.grad.clone()}
 
 
+class Backwards(nn.Module):
+    """Its last layer is registered first."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(8))
+
+    def forward(self, x):
+        for layer in reversed(self.layers):
+            x = layer(x).tanh()
+        return x
+
+
+def room_for_slabs(group):
+    """Columns of the arena after each step, of 3 tasks and 8 groups of 1056."""
+    torch.manual_seed(0)
+    tasks, x, room = gvk.TaskGradients(Backwards(), TASKS, process_group=group), torch.randn(6, 32), []
+    for _ in range(3):
+        with tasks.batch([0, 1, 2, 0, 1, 2]):
+            tasks._model(x).square().sum().backward()
+        room.append(0 if tasks._arena is None else len(tasks._arena._memory) // 3)
+    return room
+
+
 def refusals(group, rank):
     """What each wrong call says, in a process of a job."""
     model, words, said = Reader(), torch.zeros(2, 3, dtype=torch.int64), {}
@@ -174,7 +198,9 @@ def work(rank, folder):
     group = dist.new_group([0, 1], timeout=patience)
     if rank < 2:
         found = {name: train(group, rank, *training) for name, training in TRAININGS.items()}
-        found |= {"small steps": small_steps(group, rank), "refusals": refusals(group, rank)}
+        found["room"] = room_for_slabs(group)
+        found["small steps"] = small_steps(group, rank)
+        found["refusals"] = refusals(group, rank)
         torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -199,6 +225,13 @@ def test_all_processes_train_as_one_would(processes, training):
             assert torch.allclose(value.double(), alone[key].double(), rtol=0, atol=1e-5)
         else:
             assert value == second[key] == alone[key]
+
+
+def test_the_first_step_shows_in_which_order_groups_are_complete(processes):
+    """Then one slab is filled while one is under way, instead of all eight; what was made for those is given back."""
+    for found in processes:
+        assert found["room"][0] == 0
+        assert 2 * 1056 <= found["room"][1] == found["room"][2] <= 2 * 1120
 
 
 def test_small_steps(processes):

@@ -79,8 +79,8 @@ class StreamSink:
     A group of ``coarse`` has no slab: its uses are kept, its Gram matrix is summed over the parameters, one small slab
     at a time, and its update is one more gradient, of the weighted results.
 
-    In a data-parallel job slabs are put together first, in the same order in all processes: from the last group to the
-    first, as they are mostly completed. One is under way while the next is filled.
+    In a data-parallel job slabs are put together first, in an order that is the same in all processes. One is under way
+    while the next is filled; those that are complete before it is their turn wait.
 
     Args:
         groups: the K groups.
@@ -93,6 +93,10 @@ class StreamSink:
         arena: where slabs come from.
         processes: of a data-parallel job.
         shares: ``[T]``, what the rows of all processes are divided by.
+        order: of the groups, in which they are put together.
+
+    Attributes:
+        completed: the groups, in the order in which they were complete.
     """
 
     def __init__(
@@ -107,11 +111,12 @@ class StreamSink:
         arena: Arena,
         processes: Processes | None = None,
         shares: torch.Tensor | None = None,
+        order: Sequence[int] = (),
     ) -> None:
         self.fired: set[int] = set()
+        self.completed: dict[int, None] = {}
         self._found: dict[int, Vaccination] = {}  # by group
-        self._complete: set[int] = set()  # groups
-        self._next = len(groups) - 1  # the group to be put together next
+        self._expected = deque(order)  # groups
         self._under_way: deque[tuple[int, dist.Work]] = deque()  # groups
         self._processes = processes
         self._shares = torch.ones(num_tasks, dtype=torch.float64) if shares is None else shares
@@ -147,13 +152,13 @@ class StreamSink:
     def expect(self, parameters: Sequence[int]) -> None:
         for index in parameters:
             slot = self._groups.parameters[index]
-            if slot.group in self._complete:
+            if slot.group in self.completed:
                 raise self._late(index)
             self._pending.setdefault(slot.group, Counter())[index] += 1
 
     def add(self, use: Use) -> None:
         for part in use.parts:
-            if part is not None and self._group_of(part) in self._complete:
+            if part is not None and self._group_of(part) in self.completed:
                 raise self._late(part.parameter)
         now = [part is not None and self._group_of(part) not in self._coarse for part in use.parts]
         if any(now):
@@ -174,7 +179,7 @@ class StreamSink:
     def complete(self, parameter: int) -> None:
         self.fired.add(parameter)
         group = self._groups.parameters[parameter].group
-        if group in self._complete:
+        if group in self.completed:
             raise self._late(parameter)
         pending = self._pending[group]
         pending[parameter] -= 1
@@ -187,7 +192,7 @@ class StreamSink:
         if missing:
             raise RuntimeError(f"batch: expected a backward that finishes, got no gradient of {missing[0]!r}")
         for group in range(len(self._groups)):
-            if group not in self._complete:
+            if group not in self.completed:
                 self._finish(group)
         while self._under_way:
             self._arrive()
@@ -196,12 +201,12 @@ class StreamSink:
         return Vaccination(self._result, *map(torch.cat, measured))
 
     def _finish(self, group: int) -> None:
-        self._complete.add(group)
+        self.completed[group] = None
         if self._processes is None:
             self._vaccinate(group)
             return
-        while self._next in self._complete:
-            following, self._next = self._next, self._next - 1
+        while self._expected and self._expected[0] in self.completed:
+            following = self._expected.popleft()
             if following in self._coarse:
                 self._vaccinate(following)
                 continue
