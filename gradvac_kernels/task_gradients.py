@@ -55,13 +55,16 @@ class TaskGradients:
             ``GradVac()``. Methods that need losses get them from :meth:`backward` or :meth:`report_losses`.
         reduction: ``"sum"`` (Algorithm 1) or ``"mean"`` (divided by the number of tasks in the step).
         process_group: of ``torch.distributed``, for a data-parallel job, in which every process has all of the model
-            with the same parameters, and a part of the batch. Gradients, and the losses reported, are put together
-            before the method sees them: ``.grad``, ``last`` and the method's state are then the same in all processes,
-            as if one had the whole batch. Each of them must take part in making this and in every step (in
-            :meth:`batch`, with one sample at least), but need not have every task; the others wait for one that raises.
-            None: gradients of other processes are not looked at.
+            with the same parameters, a method made alike, and a part of the batch. Gradients, and the losses reported,
+            are put together before the method sees them: ``.grad``, ``last`` and the method's state are then the same
+            in all processes. Each of them must take part in making this and in every step (in :meth:`batch`, with one
+            sample at least, and without collectives of other kinds in the context), but need not have every task. A job
+            does not outlive an exception that is not raised in all processes alike. None, which ``WORLD`` is before
+            ``init_process_group``, means no job.
         process_reduction: ``"mean"`` over the processes that have the task, for losses that are means of a process's
-            own samples; ``"sum"``, for losses divided by the number of the task's samples in all processes.
+            own samples; ``"sum"``, for losses divided by the number of the task's samples in all processes. The first
+            is what one process with the whole batch would find where all have equally many samples of the task; the
+            second always is.
 
     Attributes:
         tasks: the names.
@@ -71,7 +74,8 @@ class TaskGradients:
         last: the last :class:`Vaccination`, or None. Its gradient is the buffer's result: the next step overwrites it.
 
     Raises:
-        TypeError, ValueError: an argument is not as above, or not the same in all processes.
+        TypeError, ValueError: an argument is not as above, or the tasks, trainable parameters or reductions are not the
+            same in all processes.
     """
 
     def __init__(
@@ -130,10 +134,10 @@ class TaskGradients:
         self._order = list(reversed(range(len(self.groups))))  # in which a backward is expected to complete the groups
         if process_group is not None:
             self._processes = Processes(process_group, process_reduction, device)
-            if not self._processes.are_equal((self.tasks, self.groups, reduction), self._parameters):
+            if not self._processes.are_equal((self.tasks, self.groups, reduction, process_reduction), self._parameters):
                 raise ValueError(
-                    "process_group: expected the same tasks, in the same order, and the same parameters in all "
-                    "processes, got others here than in another"
+                    "process_group: expected the same tasks, in the same order, the same parameters and reductions in "
+                    "all processes, got others here than in another"
                 )
 
     @property
@@ -274,6 +278,8 @@ class TaskGradients:
                 self._set_grads(found, tuple(present))
         except BaseException:
             self.discard()
+            if self._processes is not None:
+                self._arena = None  # slabs that are under way still change
             raise
         finally:
             self._capturing = False

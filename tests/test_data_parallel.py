@@ -1,5 +1,6 @@
 """Two processes of a job of three, with a part of each batch, against one process with all of it."""
 
+import contextlib
 from datetime import timedelta
 
 import pytest
@@ -137,6 +138,29 @@ def room_for_slabs(group):
     return room
 
 
+def step_after_an_exception(group, rank):
+    """In the middle of a backward of all processes, while a large slab is under way."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 1024), nn.Tanh(), nn.Linear(1024, 2048)), torch.randn(6, 8)
+    made, ids = gvk.TaskGradients(model, TASKS, method=methods.Sum(), process_group=group), [0, 1, 2, 0, 1, 2]
+
+    def step(fail):
+        def stop(grad):
+            raise ZeroDivisionError
+
+        with made.batch(ids):
+            hidden = model[1](model[0]((1 + rank) * x))
+            if fail:
+                hidden.register_hook(stop)
+            model[2](hidden).square().sum().backward()
+        return made.last.gradient.clone()
+
+    before = step(False)
+    with contextlib.suppress(ZeroDivisionError):
+        step(True)
+    return torch.equal(step(False), before)
+
+
 def refusals(group, rank):
     """What each wrong call says, in a process of a job."""
     model, words, said = Reader(), torch.zeros(2, 3, dtype=torch.int64), {}
@@ -200,6 +224,7 @@ def work(rank, folder):
         found = {name: train(group, rank, *training) for name, training in TRAININGS.items()}
         found["room"] = room_for_slabs(group)
         found["small steps"] = small_steps(group, rank)
+        found["step after an exception"] = step_after_an_exception(group, rank)
         found["refusals"] = refusals(group, rank)
         torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
@@ -232,6 +257,10 @@ def test_the_first_step_shows_in_which_order_groups_are_complete(processes):
     for found in processes:
         assert found["room"][0] == 0
         assert 2 * 1056 <= found["room"][1] == found["room"][2] <= 2 * 1120
+
+
+def test_slabs_that_were_under_way_at_an_exception_are_left_alone(processes):
+    assert all(found["step after an exception"] for found in processes)
 
 
 def test_small_steps(processes):
