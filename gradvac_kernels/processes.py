@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+
+from .groups import trainable
 
 
 class Processes:
@@ -16,16 +18,13 @@ class Processes:
         group: of torch.distributed.
         reduction: ``"mean"`` over the processes that have a task, or ``"sum"``.
         device: of the gradients; everything is exchanged there.
-
-    Attributes:
-        is_first: whether this process is the first one of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup, reduction: str, device: torch.device) -> None:
         self._group = group
         self._mean = reduction == "mean"
         self._device = device
-        self.is_first = dist.get_rank(group) == 0
+        self._is_first = dist.get_rank(group) == 0
 
     def are_equal(self, layout: object, parameters: Iterable[torch.Tensor]) -> bool:
         """Whether all processes have the same layout, by what it prints, and the same parameters."""
@@ -52,9 +51,16 @@ class Processes:
         dist.all_reduce(values, group=self._group)
         return values.cpu()
 
-    def average(self, values: torch.Tensor, known: torch.Tensor) -> dict[int, torch.Tensor]:
-        """By index, the mean or sum of ``values`` ``[N]`` float64 over the processes that know them."""
-        total, counts = self.add(torch.stack([values, known]))
+    def of_the_first(self, values: torch.Tensor) -> torch.Tensor:
+        """What the first process has as ``values``, of which all have as many."""
+        return self.add(values * self._is_first)
+
+    def average(self, values: Mapping[int, torch.Tensor], num_tasks: int) -> dict[int, torch.Tensor]:
+        """By task, the mean or sum of the scalars of the processes that have one, float64."""
+        mine = torch.zeros(2, num_tasks, dtype=torch.float64)
+        for task, value in values.items():
+            mine[0, task], mine[1, task] = value, 1
+        total, counts = self.add(mine)
         return {i: total[i] / counts[i] if self._mean else total[i] for i in counts.nonzero().flatten().tolist()}
 
     def start(self, values: torch.Tensor, shares: torch.Tensor | None = None) -> dist.Work:
@@ -69,3 +75,21 @@ class Processes:
                     row /= share  # first: a sum may not fit 16 bits
         work: dist.Work = dist.all_reduce(values, group=self._group, async_op=True)
         return work
+
+
+def check_whole(model: torch.nn.Module) -> None:
+    """Refuse what averages or shards gradients by itself.
+
+    Raises:
+        ValueError: trainable parameters in DistributedDataParallel, or sharded ones (FSDP).
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and any(trainable(module)):
+            raise ValueError(
+                f"model: expected a module without DistributedDataParallel, got it as {name!r}: it averages the "
+                "gradients of a backward whatever task that is for; run what it holds, and give a process_group"
+            )
+    for name, parameter in trainable(model):
+        kind = type(parameter).__name__
+        if kind in ("DTensor", "FlatParameter") or hasattr(parameter, "_fsdp_flattened"):
+            raise ValueError(f"model: expected whole parameters, got {name!r}, which is sharded")

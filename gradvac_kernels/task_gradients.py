@@ -4,7 +4,7 @@ optimizer reads it."""
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from .buffer import GradientBuffer
 from .groups import Granularity, ParameterGroups, gradient_stride, trainable
 from .methods import GradVac, Method
 from .numerics import DTYPES
-from .processes import Processes
+from .processes import Processes, check_whole
 from .result import Vaccination
 
 
@@ -106,7 +106,7 @@ class TaskGradients:
         self.tasks = tuple(tasks)
         self.reduction = reduction
         self.groups = ParameterGroups.from_model(model, granularity, align=32)
-        _check_whole(model)
+        check_whole(model)
         named = dict(trainable(model))
         kinds = {(parameter.dtype, parameter.device): name for name, parameter in named.items()}
         if len(kinds) > 1:
@@ -272,8 +272,9 @@ class TaskGradients:
                         yield
                     self._used = [index in stream.fired for index in range(len(self._parameters))]
                     found = stream.close()
-                    self._agree_on_use(mine)
-                    self._agree_on_order(stream)
+                    if self._processes is not None:
+                        self._agree_on_use(self._processes, mine)
+                        self._agree_on_order(self._processes, stream.completed)
                     step.losses = self._losses_of(present)
                 self._set_grads(found, tuple(present))
         except BaseException:
@@ -466,27 +467,19 @@ class TaskGradients:
                 columns.copy_(columns[order])
             self._rows = present
         processes.start(self.grads, shares).wait()
-        self._agree_on_use(mine)
+        self._agree_on_use(processes, mine)
 
-    def _agree_on_use(self, mine: Sequence[int]) -> None:
+    def _agree_on_use(self, processes: Processes, mine: Sequence[int]) -> None:
         """What all processes know of parameters, and of the losses of tasks; this one captured ``mine``."""
-        if self._processes is None:
-            return
-        self._used = self._processes.add(torch.tensor(self._used, dtype=torch.float64)).bool().tolist()
+        self._used = processes.add(torch.tensor(self._used, dtype=torch.float64)).bool().tolist()
         if getattr(self.method, "needs_losses", False):
-            values, known = torch.zeros(2, len(self.tasks), dtype=torch.float64)
-            for task in mine:
-                if self.tasks[task] in self._losses:
-                    values[task], known[task] = self._losses[self.tasks[task]], 1
-            losses = self._processes.average(values, known)
+            known = {task: self._losses[self.tasks[task]] for task in mine if self.tasks[task] in self._losses}
+            losses = processes.average(known, len(self.tasks))
             self._losses = {self.tasks[task]: loss for task, loss in losses.items()}
 
-    def _agree_on_order(self, stream: streaming.StreamSink) -> None:
-        """The next step's is that of this one's in the first process."""
-        if self._processes is None:
-            return
-        completed = torch.tensor(list(stream.completed), dtype=torch.float64)
-        order = [int(group) for group in self._processes.add(completed * self._processes.is_first)]
+    def _agree_on_order(self, processes: Processes, completed: Iterable[int]) -> None:
+        """Of the groups in the next step: that in which the first process completed them in this one."""
+        order = processes.of_the_first(torch.tensor(list(completed))).tolist()
         if order != self._order:
             self._order, self._arena = order, None  # fewer slabs will wait
 
@@ -509,17 +502,3 @@ class TaskGradients:
                     f"model: expected {slot.name!r} as before, {grads.dtype} on {grads.device} of shape "
                     f"{list(slot.shape)}, got {parameter.dtype} on {parameter.device} of shape {list(parameter.shape)}"
                 )
-
-
-def _check_whole(model: torch.nn.Module) -> None:
-    """Refuse what averages or shards gradients by itself."""
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel) and any(trainable(module)):
-            raise ValueError(
-                f"model: expected a module without DistributedDataParallel, got it as {name!r}: it averages the "
-                "gradients of a backward whatever task that is for; run what it holds, and give a process_group"
-            )
-    for name, parameter in trainable(model):
-        kind = type(parameter).__name__
-        if kind in ("DTensor", "FlatParameter") or hasattr(parameter, "_fsdp_flattened"):
-            raise ValueError(f"model: expected whole parameters, got {name!r}, which is sharded")
