@@ -212,7 +212,7 @@ def vaccinate(
     """
     call = prepare(grads, groups, ema, beta, target, task_ids, vaccinated, order, seed, step, out)
     checks.check_backend(backend)
-    found = torch.ops.gradvac.vaccinate.default(*call[:3], *call.rule, backend)
+    found = torch.ops.gradvac.vaccinate.default(call.grads, call.bounds, call.out, *call.rule, backend)
     return Vaccination(call.out, *found)
 
 

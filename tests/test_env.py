@@ -58,6 +58,33 @@ except ValueError as error:
     assert "backend: 'cpu' cannot be used here: the native module gradvac_kernels._cpu is not built" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("triton", "said"), [("3.2.0", "it needs Triton 3.6 or newer, found 3.2.0"), (None, "Triton cannot be imported")]
+)
+def test_without_a_triton_of_today_the_others_serve_the_gpu(triton, said):
+    """torch 2.6 to 2.9 bring an older one."""
+    done = python(
+        f"""
+import sys, types, torch
+sys.modules["triton"] = {triton!r} and types.ModuleType("triton")
+if {triton!r}:
+    sys.modules["triton"].__version__ = {triton!r}
+import gradvac_kernels as gvk
+from gradvac_kernels.backends import choose, cuda, missing_backends
+assert choose(torch.device("cuda")).__name__.endswith("reference") or cuda.why_unavailable() is None
+print(missing_backends()["triton"])
+try:
+    choose(torch.device("cuda"), "triton")
+except ValueError as error:
+    print(error)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    missing, refused = done.stdout.splitlines()
+    assert missing.startswith(said)
+    assert refused == f"backend: 'triton' cannot be used here: {missing}"
+
+
 def test_the_report_says_why_a_backend_is_missing():
     done = python(WITHOUT + "import runpy; runpy.run_module('gradvac_kernels.env', run_name='__main__')")
     assert done.returncode == 0, done.stderr

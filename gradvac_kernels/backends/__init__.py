@@ -36,7 +36,7 @@ def choose(device: torch.device, name: str | None = None) -> ModuleType:
     """
     if name is None:
         for backend in _BACKENDS.values():
-            if backend.serves(device) and backend.why_unavailable() is None:
+            if backend.why_unavailable() is None and backend.serves(device):
                 return backend
         raise ValueError(f"grads: expected a device that a backend serves, got {device}")
     if name not in _BACKENDS:
