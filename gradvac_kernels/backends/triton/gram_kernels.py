@@ -108,15 +108,13 @@ def outer(
         sums = ()
         for _ in tl.static_range(T * (T + 1) // 2):
             sums = sums + (tl.zeros([LANES], tl.float32),)
-        whole = run + (stop - run) // (LANES * WIDTH) * (LANES * WIDTH)
+        whole = run
         if ALIGNED and begin % WIDTH == 0:
+            whole = run + (stop - run) // (LANES * WIDTH) * (LANES * WIDTH)
             for start in tl.range(run, whole, LANES * WIDTH, num_stages=STAGES):
                 sums = _add_outer(sums, p_grads, row_stride, start, whole, T, LANES, WIDTH, True)
-        else:
-            for start in range(run, whole, LANES * WIDTH):
-                sums = _add_outer(sums, p_grads, row_stride, start, whole, T, LANES, WIDTH, False)
-        if whole < stop:
-            sums = _add_outer(sums, p_grads, row_stride, whole, stop, T, LANES, WIDTH, False)
+        for start in range(whole, stop, LANES * WIDTH):  # what is left of an aligned run, or all of another
+            sums = _add_outer(sums, p_grads, row_stride, start, stop, T, LANES, WIDTH, False)
         for i in tl.static_range(T):
             for j in tl.static_range(i + 1):
                 total = tl.sum(sums[i * (i + 1) // 2 + j].to(tl.float64), 0)
