@@ -65,7 +65,8 @@ def record(module, call) -> list:
 def specialise(kernel, args, options) -> tuple[ASTSource, dict]:
     """What Triton would compile on this launch, and with which options."""
     options = dict(options)
-    settings = {name: options.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in options}
+    names = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+    settings = {name: options.pop(name) for name in names if name in options}
     bound = inspect.signature(kernel.fn).bind(*args, **options).arguments
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
@@ -100,6 +101,7 @@ def resources(compiled) -> dict:
         # to registers, or straight to shared memory
         "loads_16": len(re.findall(rf"\bld\.global{wide}|\bcp\.async\.c[ag]\.shared\.global .*, 0x10, ", ptx)),
         "stores_16": len(re.findall(rf"\bst\.global{wide}", ptx)),
+        "fused": len(re.findall(r"\bfma\.rn\.f64", ptx)),
         "matrix": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
     }
 

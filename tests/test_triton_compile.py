@@ -77,3 +77,12 @@ def test_loads_and_stores_of_16_bytes(launches):
 def test_products_of_many_rows_use_matrix_units(launches):
     for launch in launches:
         assert (launch["matrix"] > 0) == (launch["kernel"] in ("dot", "cross_dot")), named(launch)
+
+
+def test_sums_of_products_are_fused_and_the_recurrence_is_not(launches):
+    """In float64: half the operations there; here every one rounded, as PyTorch does."""
+    for launch in launches:
+        if launch["kernel"] == "solve":
+            assert launch["fused"] == 0, named(launch)
+        elif launch["kernel"] not in ("outer", "dot", "cross_dot"):
+            assert launch["fused"] > 0, named(launch)

@@ -224,5 +224,6 @@ def coefficients(
         SMALLEST=limits.smallest,
         LARGEST=limits.largest,
         num_warps=1 if T <= 128 else 4,
+        enable_fp_fusion=False,  # every operation rounded, as PyTorch does
     )
     return weights, similarity, corrected

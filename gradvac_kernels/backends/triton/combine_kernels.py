@@ -98,4 +98,5 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, plan: Plan, out: torch.T
         OUT_WIDTH=16 // out.dtype.itemsize,
         ALIGNED=device.aligned(grads) and device.aligned(out),
         num_warps=4,
+        **device.FUSED,
     )

@@ -155,7 +155,7 @@ def cross_measure(x: torch.Tensor, y: torch.Tensor, plan: Plan, config: Config |
                 **config.options(),
             )
     cross_add_up[(K, block_pairs(T, U, rows))](
-        *buffers, plan.bounds, plan.first_piece, sums, C, rows, lanes, num_warps=rows
+        *buffers, plan.bounds, plan.first_piece, sums, C, rows, lanes, num_warps=rows, **device.FUSED
     )
     return C
 

@@ -11,6 +11,9 @@ import triton
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """TRITON_INTERPRET=1: kernels run in Python, on tensors in host memory."""
 
+FUSED = {"enable_fp_fusion": True}
+"""Of a launch: a product and the sum it goes into are rounded once. Triton's own default changes from 3.10 on."""
+
 
 def serves(device: torch.device) -> bool:
     """GPUs; the CPU for the interpreter."""

@@ -360,10 +360,10 @@ class Config(NamedTuple):
     chain: int = 1
     registers: int | None = None  # a thread, where the compiler is not to decide
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, int | bool]:
         """Of the launch."""
         limit = {"maxnreg": self.registers} if self.registers and not torch.version.hip else {}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **device.FUSED}
 
 
 MOST_ROWS = 2880  # the pairs of blocks of 8 are the second dimension of a grid, which ends at 65535
@@ -447,6 +447,17 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
             double[grid](*arguments, T, config.rows, config.columns, **options)
     rows, lanes = choose_sums(T)
     add_up[(K, block_pairs(T, rows))](
-        grads, row_stride, plan.bounds, plan.first_piece, sums, G, arrived, T, rows, lanes, num_warps=rows
+        grads,
+        row_stride,
+        plan.bounds,
+        plan.first_piece,
+        sums,
+        G,
+        arrived,
+        T,
+        rows,
+        lanes,
+        num_warps=rows,
+        **device.FUSED,
     )
     return G, arrived
