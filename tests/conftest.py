@@ -40,6 +40,7 @@ if triton.why_unavailable() is None and triton.device.INTERPRETED:
 
     import interpreter
 
+    interpreter.repair()
     interpreter.quicken()
 
 

@@ -59,30 +59,25 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize(
-    ("triton", "said"), [("3.2.0", "it needs Triton 3.6 or newer, found 3.2.0"), (None, "Triton cannot be imported")]
+    ("found", "said"),
+    [
+        ("types.SimpleNamespace(__version__='3.2.0')", "it needs Triton 3.6 or newer, found 3.2.0"),
+        ("None", "Triton cannot be imported"),
+    ],
 )
-def test_without_a_triton_of_today_the_others_serve_the_gpu(triton, said):
-    """torch 2.6 to 2.9 bring an older one."""
+def test_another_backend_serves_the_gpu_where_triton_is_old_or_missing(found, said):
+    """torch 2.6 to 2.9 bring an old one."""
     done = python(
         f"""
 import sys, types, torch
-sys.modules["triton"] = {triton!r} and types.ModuleType("triton")
-if {triton!r}:
-    sys.modules["triton"].__version__ = {triton!r}
-import gradvac_kernels as gvk
-from gradvac_kernels.backends import choose, cuda, missing_backends
-assert choose(torch.device("cuda")).__name__.endswith("reference") or cuda.why_unavailable() is None
+sys.modules["triton"] = {found}
+from gradvac_kernels.backends import choose, missing_backends, triton
+assert choose(torch.device("cuda")) is not triton
 print(missing_backends()["triton"])
-try:
-    choose(torch.device("cuda"), "triton")
-except ValueError as error:
-    print(error)
 """
     )
     assert done.returncode == 0, done.stderr
-    missing, refused = done.stdout.splitlines()
-    assert missing.startswith(said)
-    assert refused == f"backend: 'triton' cannot be used here: {missing}"
+    assert done.stdout.startswith(said)
 
 
 def test_the_report_says_why_a_backend_is_missing():

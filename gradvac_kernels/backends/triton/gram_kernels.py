@@ -360,7 +360,7 @@ class Config(NamedTuple):
     chain: int = 1
     registers: int | None = None  # a thread, where the compiler is not to decide
 
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int]:
         """Of the launch."""
         limit = {"maxnreg": self.registers} if self.registers and not torch.version.hip else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit, **device.FUSED}
