@@ -94,7 +94,8 @@ def test_a_configuration_for_any_number_of_rows():
     ],
 )
 def test_any_configuration_gives_the_gram(T, dtype, config):
-    groups = gvk.ParameterGroups.from_sizes({"short": 3, "one": 4700, "two": 9001})
+    # one begins at 16 bytes and has one column more than whole steps of any of these
+    groups = gvk.ParameterGroups.from_sizes({"and a column": RUN + 513, "short": 3, "one": 4700, "two": 9001})
     grads = task_gradients(T, groups, dtype=dtype)
     plan = make_plan(edges_of(groups), T, CPU)
     G, arrived = gram_kernels.measure(grads, plan, config)
