@@ -22,7 +22,7 @@ inline void add_rows(const E* rows, int64_t stride, const double* weights, int64
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const E* row = rows + r * stride + column;
-      __builtin_prefetch(reinterpret_cast<const char*>(row) + kCombineAhead);
+      prefetch(reinterpret_cast<const char*>(row) + kCombineAhead);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[v] += load_doubles(row + v * kDoubles) * weights[r];
     }

@@ -25,7 +25,7 @@ template <class Policy, int M, int N>
 inline void add_cross_block(const Side<typename Policy::E>& a, const Side<typename Policy::E>& b, int64_t columns,
                             double* sums) {
   using Acc = typename Policy::Acc;
-  add_chains<Policy, M, N, false>(columns, sums, [&](Acc(&acc)[M][N], int64_t begin, int64_t end) {
+  add_chains<Policy, M, N, false>(columns, sums, [=](Acc(&acc)[M][N], int64_t begin, int64_t end) {
     for (int64_t column = begin; column < end; column += Policy::kStep) {
 #pragma GCC unroll 2
       for (int part = 0; part < Policy::kParts; ++part) {
@@ -40,9 +40,9 @@ inline void add_cross_block(const Side<typename Policy::E>& a, const Side<typena
         }
       }
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) __builtin_prefetch(a.rows + m * a.stride + column + a.ahead);
+      for (int m = 0; m < M; ++m) prefetch(a.rows + m * a.stride + column + a.ahead);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) __builtin_prefetch(b.rows + n * b.stride + column + b.ahead);
+      for (int n = 0; n < N; ++n) prefetch(b.rows + n * b.stride + column + b.ahead);
     }
   });
 }

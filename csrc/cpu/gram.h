@@ -85,9 +85,10 @@ inline void add_sums(const Acc (&acc)[M][N], double* sums) {
   }
 }
 
-// sums += the sums over the lanes of what add(accumulators, first column, last) accumulates.
+// sums += the sums over the lanes of what add(accumulators, first column, last) accumulates. Flattened: a call would
+// put the accumulators into memory.
 template <class Policy, int M, int N, bool kDiagonal, class Add>
-inline void add_chains(int64_t columns, double* sums, const Add& add) {
+[[gnu::flatten]] inline void add_chains(int64_t columns, double* sums, const Add& add) {
   typename Policy::Acc acc[M][N] = {};
   if constexpr (std::is_same_v<typename Policy::Acc, VecD>) {
     add(acc, 0, columns);
@@ -109,7 +110,8 @@ template <class Policy, int M, int N, bool kDiagonal>
 inline void add_block(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
                       const char* ahead, int64_t ahead_stride, int64_t ahead_step, double* sums) {
   using Acc = typename Policy::Acc;
-  add_chains<Policy, M, N, kDiagonal>(columns, sums, [&](Acc(&acc)[M][N], int64_t begin, int64_t end) {
+  add_chains<Policy, M, N, kDiagonal>(columns, sums, [=](Acc(&acc)[M][N], int64_t begin, int64_t end) {
+    const char* next = ahead + begin / Policy::kStep * ahead_step;
     for (int64_t column = begin; column < end; column += Policy::kStep) {
 #pragma GCC unroll 2
       for (int part = 0; part < Policy::kParts; ++part) {
@@ -124,8 +126,8 @@ inline void add_block(const typename Policy::E* a, const typename Policy::E* b, 
         }
       }
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) __builtin_prefetch(ahead + m * ahead_stride);
-      ahead += ahead_step;
+      for (int m = 0; m < M; ++m) prefetch(next + m * ahead_stride);
+      next += ahead_step;
     }
   });
 }
@@ -136,9 +138,9 @@ template <class Policy>
 constexpr bool kCorners = kBlock == 4 && std::is_same_v<typename Policy::Acc, VecD>;
 
 template <class Policy, int M>
-inline void add_corner(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
-                       const char* ahead_a, const char* ahead_b, int64_t ahead_stride, int64_t step_a, int64_t step_b,
-                       double* sums, double* diagonal_sums) {
+[[gnu::flatten]] inline void add_corner(const typename Policy::E* a, const typename Policy::E* b, int64_t stride,
+                                        int64_t columns, const char* ahead_a, const char* ahead_b, int64_t ahead_stride,
+                                        int64_t step_a, int64_t step_b, double* sums, double* diagonal_sums) {
   static_assert(Policy::kParts == 1, "one load a step");
   typename Policy::Acc acc[M][kBlock] = {}, diagonal[kBlock][kBlock] = {};
   for (int64_t column = 0; column < columns; column += Policy::kStep) {
@@ -157,9 +159,9 @@ inline void add_corner(const typename Policy::E* a, const typename Policy::E* b,
       for (int n = 0; n < kBlock; ++n) acc[m][n] = Policy::multiply_add(acc[m][n], left, right[n]);
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) __builtin_prefetch(ahead_a + m * ahead_stride);
+    for (int m = 0; m < M; ++m) prefetch(ahead_a + m * ahead_stride);
 #pragma GCC unroll 4
-    for (int n = 0; n < kBlock; ++n) __builtin_prefetch(ahead_b + n * ahead_stride);
+    for (int n = 0; n < kBlock; ++n) prefetch(ahead_b + n * ahead_stride);
     ahead_a += step_a;
     ahead_b += step_b;
   }
