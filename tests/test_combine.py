@@ -141,8 +141,8 @@ def test_every_bit_pattern_is_read_as_torch_does(native, dtype):
 
 
 def test_large_results_stream_past_the_cache(native):
-    """Above a quarter of the cache the stores are streaming ones: the same sums, also at odd addresses."""
-    P = 12_000_000
+    """Where the cache cannot hold it all the stores are streaming ones: the same sums, also at odd addresses."""
+    P = 16_000_000
     groups = gvk.ParameterGroups.from_sizes({"a": P - 3, "b": 3})
     grads = torch.randn(2, P, generator=torch.Generator().manual_seed(1))
     weights = torch.tensor([[1.0, 2.0], [3.0, -1.0]], dtype=torch.float64)

@@ -5,8 +5,10 @@ namespace gradvac::cpu {
 
 CombinePhase::CombinePhase(const Buffer& grads, const double* weights, const Result& out)
     : grads_(grads), weights_(weights), out_(out), variant_(variant()) {
-  // A result that fits stays in the cache for the optimizer; a larger one would only push the gradients out.
-  stream_ = columns_of_all(grads) * static_cast<std::int64_t>(size_of(out.dtype)) > last_cache_bytes() / 4;
+  // Where the cache holds the gradients and the result, the result stays there for the optimizer; else what is read
+  // after it would push it out again.
+  const std::int64_t column_bytes = grads.T * static_cast<std::int64_t>(size_of(grads.dtype)) + size_of(out.dtype);
+  stream_ = columns_of_all(grads) * column_bytes > last_cache_bytes();
 }
 
 void CombinePhase::combine(const Segment& segment) const {
