@@ -49,7 +49,7 @@ def vaccinate(
     gram = torch.empty_like(similarity)
     for k, (begin, end) in enumerate(groups.bounds.tolist()):
         g = call.grads[:, begin:end].to("cpu", torch.float64)  # [T, P_k]
-        gram[k] = g @ g.T
+        gram[k] = torch.stack([(g * row).sum(1) for row in g])  # pairwise sums: matmul's depend on the processor
         square = [float(row @ row) for row in g]
         usable = [limits.smallest <= s <= limits.largest for s in square]  # neither zero nor non-finite
         update = torch.zeros(end - begin, dtype=torch.float64, device="cpu")

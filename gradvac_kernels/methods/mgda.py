@@ -9,6 +9,7 @@ from .weighting import Measured, State, Weighting
 _ITERATIONS = 40  # at most: an interior-point method gains a digit or more in each
 _ENOUGH = 1e-17  # of x z, in the mean: the minimum, which is at most 1, is found to that
 _SLACK = 1e-10  # of the other conditions of a minimum
+_LINE = 8  # doubles of a cache line: LAPACK may round a matrix that begins elsewhere otherwise, and so a slab
 
 
 class MGDA(Weighting):
@@ -38,6 +39,10 @@ def min_norm_weights(G: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     Returns:
         ``[K, T]`` float64, 0 for unusable rows, with sum 1 where any row is usable.
     """
+    T = G.shape[1]
+    pad = -T % _LINE  # more rows that are not usable
+    G, usable = torch.nn.functional.pad(G, (0, pad, 0, pad)), torch.nn.functional.pad(usable, (0, pad))
+    G.diagonal(dim1=1, dim2=2)[:, T:] = 1.0
     norm = G.diagonal(dim1=1, dim2=2).sqrt()
     Q = G / norm[:, :, None] / norm[:, None, :]
     a = torch.where(usable, norm.where(usable, torch.inf).amin(1, keepdim=True) / norm, 0.0)  # [K, T]
@@ -45,7 +50,8 @@ def min_norm_weights(G: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
     c = torch.where(usable, 0.0, 1.0)  # keeps the others' x at 0
     x = _interior_point(Q, a, c)
     weights = torch.where(usable, _polished(Q, a, *x) * a, 0.0)
-    return weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(G.dtype).tiny)
+    return weights[:, :T].contiguous()
 
 
 def _interior_point(Q: torch.Tensor, a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,13 +98,14 @@ def _polished(Q: torch.Tensor, a: torch.Tensor, x: torch.Tensor, z: torch.Tensor
     K, T = a.shape
     positive = x > z
     both = positive[:, :, None] & positive[:, None, :]
-    system = Q.new_zeros(K, T + 1, T + 1)
+    system = torch.eye(T + _LINE, dtype=Q.dtype, device=Q.device).repeat(K, 1, 1)
     system[:, :T, :T] = torch.where(both, Q, torch.eye(T, dtype=Q.dtype, device=Q.device))
     system[:, :T, T] = system[:, T, :T] = torch.where(positive, a, 0.0)
-    goal = Q.new_zeros(K, T + 1)
+    system[:, T, T] = 0.0
+    goal = Q.new_zeros(K, T + _LINE)
     goal[:, T] = 1.0
     found = torch.linalg.solve_ex(system, goal)[0]
-    exact, y = found[:, :T], -found[:, T:]
+    exact, y = found[:, :T], -found[:, T : T + 1]
     slope = _times(Q, exact) - y * a  # 0 where x is positive, else not below it
     right = (exact >= 0) & torch.where(positive, slope.abs() <= _SLACK, slope >= -_SLACK)
     return torch.where(right.all(1, keepdim=True), exact, x)
