@@ -28,8 +28,8 @@ typedef uint16_t HalfH __attribute__((vector_size(kBytes / 2)));  // as many 16-
 typedef uint32_t VecU __attribute__((vector_size(kBytes)));
 typedef uint16_t QuarterH __attribute__((vector_size(kBytes / 4)));  // as many 16-bit values as VecD has doubles
 
-// Asks for a cache line that is read soon. AMD's cores, whose variant this is, get more of them at a time from memory
-// into the second level than into the first; on Intel's it is the other way round.
+// Asks for a cache line that is read soon. Into the second level AMD's cores get more of them at a time than into the
+// first, Intel's fewer; only AMD's choose the variant with bfloat16 products.
 #if defined(__AVX512BF16__)
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 #else
