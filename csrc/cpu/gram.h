@@ -206,7 +206,6 @@ struct Tile {
   }
 };
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks_of(int64_t T) { return (T + kBlock - 1) / kBlock; }
 inline int64_t block_index(int64_t row, int64_t column) { return row * (row + 1) / 2 + column; }
 

@@ -20,6 +20,8 @@ constexpr int kBytes = 16, kBlock = 3;
 #endif
 constexpr int kDoubles = kBytes / 8, kFloats = kBytes / 4;
 
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 typedef double VecD __attribute__((vector_size(kBytes)));
 typedef float VecF __attribute__((vector_size(kBytes)));
 typedef float HalfF __attribute__((vector_size(kBytes / 2)));  // as many floats as VecD has doubles
@@ -136,6 +138,49 @@ inline VecF load_floats(const Float16* p) {
   VecF v;
   for (int lane = 0; lane < kFloats; ++lane) v[lane] = to_float(p[lane]);
   return v;
+#endif
+}
+
+// ---- and back, rounded to nearest, ties to even
+
+inline HalfF narrow(VecD v) {
+#if defined(__AVX512F__)
+  return bits<HalfF>(_mm512_cvtpd_ps(bits<__m512d>(v)));
+#elif defined(__AVX2__)
+  return bits<HalfF>(_mm256_cvtpd_ps(bits<__m256d>(v)));
+#else
+  return __builtin_convertvector(v, HalfF);
+#endif
+}
+
+inline void store_rounded(double* p, VecD v) { store(p, v); }
+inline void store_rounded(float* p, VecD v) { store(p, narrow(v)); }
+inline void store_rounded(Bfloat16* p, VecD v) {
+#if defined(__AVX2__)
+  const HalfF floats = narrow(v);
+  const HalfU u = bits<HalfU>(floats), nearest = u + 0x7FFFu + (u >> 16 & 1u);
+#if defined(__AVX512F__)
+  const __m256i quiet = bits<__m256i>(u | 0x400000u);  // what stays NaN
+  const __mmask8 nan = _mm256_cmp_ps_mask(bits<__m256>(floats), bits<__m256>(floats), _CMP_UNORD_Q);
+  store(p, _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_mask_mov_epi32(bits<__m256i>(nearest), nan, quiet), 16)));
+#else
+  const HalfU nan = bits<HalfU>((u & 0x7FFFFFFFu) > 0x7F800000u);
+  const __m128i low = bits<__m128i>(((nan & (u | 0x400000u)) | (~nan & nearest)) >> 16);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, low));
+#endif
+#else
+  const HalfF floats = narrow(v);
+  for (int lane = 0; lane < kDoubles; ++lane) p[lane] = to_bfloat16(floats[lane]);
+#endif
+}
+inline void store_rounded(Float16* p, VecD v) {
+#if defined(__AVX512F__)
+  store(p, _mm256_cvtps_ph(bits<__m256>(narrow(v)), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(bits<__m128>(narrow(v)), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const HalfF floats = narrow(v);
+  for (int lane = 0; lane < kDoubles; ++lane) p[lane] = to_float16(floats[lane]);
 #endif
 }
 
