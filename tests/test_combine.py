@@ -89,6 +89,19 @@ def test_nothing_is_written_beside_the_result(backend):
         assert not bool((out == 7).any())
 
 
+@pytest.mark.parametrize("result", DTYPES)
+def test_any_address(native, result):
+    """The result begins and the rows begin amid an element, as memory from elsewhere may."""
+    groups = gvk.ParameterGroups.from_sizes({"a": 45})
+    grads, weights = task_gradients(9, groups, dtype=result), random_weights(groups, 9)
+    size = result.itemsize
+    rows = torch.frombuffer(bytearray(9 * 45 * size + 1), dtype=result, offset=1).view(9, 45).copy_(grads)
+    out = torch.frombuffer(bytearray(45 * size + 1), dtype=result, offset=1)
+    assert rows.data_ptr() % 2 == out.data_ptr() % 2 == 1
+    gvk.combine(rows, weights, groups, out=out, backend=native)
+    assert torch.equal(out, gvk.combine(grads, weights, groups, backend=native))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_weights_of_either_type(backend, dtype):
     groups = LAYOUTS["ragged"]

@@ -9,11 +9,11 @@ namespace gradvac::cpu::GRADVAC_VARIANT {
 constexpr int64_t kCombineTile = 512;   // columns: the sums and the rounded result stay in the first-level cache
 constexpr int64_t kCombineAhead = 768;  // bytes: nearer, memory would not answer in time; farther, rows would not fit
 
-// Vectors of sums at a time: a cache line of every row, or what of it the registers hold.
+// Vectors of sums at a time: a cache line of every row, or what of it the registers hold; two are rounded together.
 template <class E>
-constexpr int kCombineVectors = smaller(64 / kDoubles / static_cast<int>(sizeof(E)), 4);
+constexpr int kCombineVectors = 64 / kDoubles / static_cast<int>(sizeof(E)) < 4 ? 2 : 4;
 
-// to[c] = sums[c] + sum_r weight[r] row_r[c] for R rows, rounded; the first rows find no sums yet.
+// to[c] = sums[c] + sum_r weight[r] row_r[c] for R rows, rounded. The first rows find no sums.
 template <int R, bool kFirst, class E, class To>
 inline void add_line(const E* rows, int64_t stride, const double (&weight)[R], const double* sums, To* to) {
   constexpr int kVectors = kCombineVectors<E>;
@@ -23,12 +23,13 @@ inline void add_line(const E* rows, int64_t stride, const double (&weight)[R], c
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const E* row = rows + r * stride;
-    prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(row) + kCombineAhead));  // of no array, perhaps
+    const auto ahead = reinterpret_cast<uintptr_t>(row) + kCombineAhead;  // a number: it may lie outside the rows
+    prefetch(reinterpret_cast<const void*>(ahead));
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sum[v] += load_doubles(row + v * kDoubles) * weight[r];
   }
 #pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) store_rounded(to + v * kDoubles, sum[v]);
+  for (int v = 0; v < kVectors; v += 2) store_rounded(to + v * kDoubles, sum[v], sum[v + 1]);
 }
 
 // The same over columns. What is less than a line is padded.
@@ -37,7 +38,7 @@ inline void add_rows(const E* rows, int64_t stride, const double* weights, int64
                      To* to) {
   constexpr int kLine = kCombineVectors<E> * kDoubles;
   static_assert(kCombineTile % kLine == 0, "sums of whole lines");
-  double weight[R];  // in registers: a store to `to` might change the weights, for all that the compiler knows
+  double weight[R];  // copied: for all that the compiler knows, a store to `to` changes the weights
   for (int r = 0; r < R; ++r) weight[r] = weights[r];
   int64_t column = 0;
   for (; column + kLine <= columns; column += kLine) {
@@ -82,8 +83,8 @@ inline void stream_out(char* to, const char* from, int64_t bytes) {
 template <class Out, class E>
 void combine_into(Out* out, const E* rows, int64_t T, int64_t stride, int64_t begin, int64_t end, const double* weights,
                   bool stream) {
-  constexpr int kRows = 8;  // at a time: as many weights as the registers hold beside the sums
-  alignas(kBytes) double sums[kCombineTile];
+  constexpr int kRows = 8;  // at a time: the registers of AVX-512 hold their weights beside the sums
+  alignas(kBytes) double sums[kCombineTile] = {};  // also past the columns, where the end of a line is computed
   alignas(kBytes) Out rounded[kCombineTile];
   for (int64_t column = begin; column < end; column += kCombineTile) {
     const int64_t columns = smaller(kCombineTile, end - column);

@@ -72,12 +72,6 @@ inline float to_float(Float16 x) {
   return bits<float>(sign | bits<uint32_t>(bits<float>(magnitude << 13) * 0x1p112f));
 }
 
-inline Bfloat16 to_bfloat16(float x) {
-  const uint32_t u = bits<uint32_t>(x);
-  if ((u & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>(u >> 16 | 0x40u)};  // stays NaN
-  return {static_cast<uint16_t>((u + 0x7FFFu + (u >> 16 & 1u)) >> 16)};                  // nearest, ties to even
-}
-
 inline Float16 to_float16(float x) {
   const uint32_t u = bits<uint32_t>(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;
   if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(sign | 0x7E00u)};
@@ -141,7 +135,7 @@ inline VecF load_floats(const Float16* p) {
 #endif
 }
 
-// ---- and back, rounded to nearest, ties to even
+// ---- and back, two vectors at a time, rounded to nearest, ties to even
 
 inline HalfF narrow(VecD v) {
 #if defined(__AVX512F__)
@@ -152,35 +146,52 @@ inline HalfF narrow(VecD v) {
   return __builtin_convertvector(v, HalfF);
 #endif
 }
-
-inline void store_rounded(double* p, VecD v) { store(p, v); }
-inline void store_rounded(float* p, VecD v) { store(p, narrow(v)); }
-inline void store_rounded(Bfloat16* p, VecD v) {
-#if defined(__AVX2__)
-  const HalfF floats = narrow(v);
-  const HalfU u = bits<HalfU>(floats), nearest = u + 0x7FFFu + (u >> 16 & 1u);
+inline VecF narrow(VecD a, VecD b) {
+  const HalfF low = narrow(a), high = narrow(b);
 #if defined(__AVX512F__)
-  const __m256i quiet = bits<__m256i>(u | 0x400000u);  // what stays NaN
-  const __mmask8 nan = _mm256_cmp_ps_mask(bits<__m256>(floats), bits<__m256>(floats), _CMP_UNORD_Q);
-  store(p, _mm256_cvtepi32_epi16(_mm256_srli_epi32(_mm256_mask_mov_epi32(bits<__m256i>(nearest), nan, quiet), 16)));
+  return bits<VecF>(_mm512_insertf32x8(_mm512_castps256_ps512(bits<__m256>(low)), bits<__m256>(high), 1));
+#elif defined(__AVX2__)
+  return bits<VecF>(_mm256_set_m128(bits<__m128>(high), bits<__m128>(low)));
 #else
-  const HalfU nan = bits<HalfU>((u & 0x7FFFFFFFu) > 0x7F800000u);
-  const __m128i low = bits<__m128i>(((nan & (u | 0x400000u)) | (~nan & nearest)) >> 16);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(low, low));
-#endif
-#else
-  const HalfF floats = narrow(v);
-  for (int lane = 0; lane < kDoubles; ++lane) p[lane] = to_bfloat16(floats[lane]);
+  return VecF{low[0], low[1], high[0], high[1]};
 #endif
 }
-inline void store_rounded(Float16* p, VecD v) {
+
+inline void store_rounded(double* p, VecD a, VecD b) {
+  store(p, a);
+  store(p + kDoubles, b);
+}
+inline void store_rounded(float* p, VecD a, VecD b) {
+  store(p, narrow(a));
+  store(p + kDoubles, narrow(b));
+}
+inline void store_rounded(Bfloat16* p, VecD a, VecD b) {
+  const VecF floats = narrow(a, b);
+  const VecU u = bits<VecU>(floats), quiet = u | 0x400000u, nearest = u + 0x7FFFu + (u >> 16 & 1u);  // NaN stays NaN
 #if defined(__AVX512F__)
-  store(p, _mm256_cvtps_ph(bits<__m256>(narrow(v)), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__AVX2__)
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_cvtps_ph(bits<__m128>(narrow(v)), _MM_FROUND_TO_NEAREST_INT));
+  const __mmask16 nan = _mm512_cmp_ps_mask(bits<__m512>(floats), bits<__m512>(floats), _CMP_UNORD_Q);
+  const __m512i rounded = _mm512_mask_mov_epi32(bits<__m512i>(nearest), nan, bits<__m512i>(quiet));
+  store(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #else
-  const HalfF floats = narrow(v);
-  for (int lane = 0; lane < kDoubles; ++lane) p[lane] = to_float16(floats[lane]);
+  const VecU nan = bits<VecU>((u & 0x7FFFFFFFu) > 0x7F800000u), high = ((nan & quiet) | (~nan & nearest)) >> 16;
+#if defined(__AVX2__)
+  const __m256i all = bits<__m256i>(high);
+  store(p, _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+#else
+  store(p, __builtin_convertvector(high, HalfH));
+#endif
+#endif
+}
+inline void store_rounded(Float16* p, VecD a, VecD b) {
+  const VecF floats = narrow(a, b);
+#if defined(__AVX512F__)
+  store(p, _mm512_cvtps_ph(bits<__m512>(floats), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  store(p, _mm256_cvtps_ph(bits<__m256>(floats), _MM_FROUND_TO_NEAREST_INT));
+#else
+  Float16 rounded[kFloats];
+  for (int lane = 0; lane < kFloats; ++lane) rounded[lane] = to_float16(floats[lane]);
+  store(p, load<HalfH>(rounded));
 #endif
 }
 
