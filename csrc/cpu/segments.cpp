@@ -13,13 +13,20 @@ namespace gradvac::cpu {
 namespace {
 constexpr std::int64_t kElementsAThread = 1 << 15;  // about what waking a thread costs
 
-// Columns of a segment: few rows make long ones, or starting a segment would show.
-std::int64_t segment_columns(std::int64_t T) { return std::clamp<std::int64_t>((1 << 18) / T, 1 << 14, 1 << 16); }
+// Columns of a segment: few rows make long ones, or starting a segment would show. A group is cut into equal parts, an
+// even number of them: threads that share it then end together.
+std::int64_t segment_columns(std::int64_t T, std::int64_t columns) {
+  constexpr std::int64_t kTile = 512;  // of gram.h: parts are whole tiles
+  const std::int64_t most = std::clamp<std::int64_t>((1 << 18) / T, 1 << 14, 1 << 16);
+  if (columns <= most) return columns;
+  const std::int64_t parts = round_up((columns + most - 1) / most, 2);
+  return round_up((columns + parts - 1) / parts, kTile);
+}
 }  // namespace
 
 Segments::Segments(const Buffer& grads) {
-  const std::int64_t columns = segment_columns(grads.T);
   for (std::int64_t k = 0; k < grads.K; ++k) {
+    const std::int64_t columns = segment_columns(grads.T, columns_of(grads, k));
     first_.push_back(count());
     const std::int64_t end = grads.bounds[2 * k + 1];
     for (std::int64_t begin = grads.bounds[2 * k]; begin < end; begin += columns) {
