@@ -105,6 +105,22 @@ def test_rows_on_any_alignment(native, dtype, skew):
     assert torch.equal(gvk.gram(plain, groups, backend=native), gvk.gram(skewed, groups, backend=native))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [3, 9])
+def test_any_address(native, T, dtype):
+    """The rows begin amid an element, as memory from elsewhere may."""
+    columns = 5000  # no small group; some are left over after whole vectors
+    groups = gvk.ParameterGroups.from_sizes({"a": columns})
+    grads = task_gradients(T, groups, dtype=dtype)
+    memory = bytearray(T * columns * dtype.itemsize + 1)
+    rows = torch.frombuffer(memory, dtype=dtype, offset=1).view(T, columns).copy_(grads)
+    assert rows.data_ptr() % 2 == 1
+    assert torch.equal(gvk.gram(rows, groups, backend=native), gvk.gram(grads, groups, backend=native))
+    assert torch.equal(
+        gvk.cross_gram(rows, rows, groups, backend=native), gvk.cross_gram(grads, grads, groups, backend=native)
+    )
+
+
 def test_expanded_rows(backend):
     groups = LAYOUTS["ragged"]
     row = task_gradients(1, groups)

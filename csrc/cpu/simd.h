@@ -113,7 +113,7 @@ inline VecD load_doubles(const Float16* p) {
   return widen(bits<HalfF>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
 #else
   VecD v;
-  for (int lane = 0; lane < kDoubles; ++lane) v[lane] = to_float(p[lane]);
+  for (int lane = 0; lane < kDoubles; ++lane) v[lane] = to_float(load<Float16>(p + lane));
   return v;
 #endif
 }
@@ -130,7 +130,7 @@ inline VecF load_floats(const Float16* p) {
   return bits<VecF>(_mm256_cvtph_ps(bits<__m128i>(load<HalfH>(p))));
 #else
   VecF v;
-  for (int lane = 0; lane < kFloats; ++lane) v[lane] = to_float(p[lane]);
+  for (int lane = 0; lane < kFloats; ++lane) v[lane] = to_float(load<Float16>(p + lane));
   return v;
 #endif
 }
