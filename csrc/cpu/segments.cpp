@@ -16,7 +16,7 @@ constexpr std::int64_t kElementsAThread = 1 << 15;  // about what waking a threa
 // Columns of a segment: few rows make long ones, or starting a segment would show. A group is cut into equal parts, an
 // even number of them: threads that share it then end together.
 std::int64_t segment_columns(std::int64_t T, std::int64_t columns) {
-  constexpr std::int64_t kTile = 512;  // of gram.h: parts are whole tiles
+  constexpr std::int64_t kTile = 512;  // of gram.h, or half of a longer one: no part but the last ends amid it
   const std::int64_t most = std::clamp<std::int64_t>((1 << 18) / T, 1 << 14, 1 << 16);
   if (columns <= most) return columns;
   const std::int64_t parts = round_up((columns + most - 1) / most, 2);
