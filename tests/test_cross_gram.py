@@ -15,8 +15,8 @@ pytestmark = pytest.mark.no_vaccinate
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # As in test_gram.py. Two buffers of one model are held against each other, so are two ways to the same numbers.
 BOUND = {torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7, torch.float64: 2e-14}
-# one of some pieces, some that are short, an empty one
-GROUPS = gvk.ParameterGroups.from_sizes({"a": 3, "b": 6001, "c": 0, "d": 700, "e": 4100, "f": 333}, align=8)
+# one of some pieces, some that are short, an empty one; each begins with a cache line, as its rows do
+GROUPS = gvk.ParameterGroups.from_sizes({"a": 3, "b": 6001, "c": 0, "d": 700, "e": 4100, "f": 333}, align=32)
 
 
 def two_batches(T, U, groups, dtype=torch.float32, skews=(0, 0)):
@@ -77,7 +77,7 @@ def test_accuracy_with_many_tasks(backend, T, U, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("T", "U"), [(3, 5), (18, 2)])
+@pytest.mark.parametrize(("T", "U"), [(3, 5), (18, 2), (3, 34)])
 def test_rows_on_any_alignment_and_distance(backend, T, U, dtype):
     """Each buffer has its own; the bits are the same wherever the rows lie."""
     if dtype in (torch.float16, torch.float64):

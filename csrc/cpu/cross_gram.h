@@ -10,64 +10,22 @@ namespace gradvac::cpu::GRADVAC_VARIANT {
 
 inline int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// Rows of one of the buffers, from the first column of a tile on.
-template <class E>
-struct Side {
-  const E* rows;
-  int64_t T, stride;
-  int64_t ahead;  // columns on, what is read next
-
-  Side from(int64_t row, bool ask) const { return {rows + row * stride, T - row, stride, ask ? ahead : 0}; }
-};
-
-// sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep.
-template <class Policy, int M, int N>
-inline void add_cross_block(const Side<typename Policy::E>& a, const Side<typename Policy::E>& b, int64_t columns,
-                            double* sums) {
-  using Acc = typename Policy::Acc;
-  add_chains<Policy, M, N, false>(columns, sums, [=](Acc(&acc)[M][N], int64_t begin, int64_t end) {
-    for (int64_t column = begin; column < end; column += Policy::kStep) {
-#pragma GCC unroll 2
-      for (int part = 0; part < Policy::kParts; ++part) {
-        typename Policy::Loaded left[M];
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) left[m] = Policy::load(a.rows + m * a.stride + column, part);
-#pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) {
-          const typename Policy::Loaded right = Policy::load(b.rows + n * b.stride + column, part);
-#pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
-        }
-      }
-#pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) prefetch(a.rows + m * a.stride + column + a.ahead);
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) prefetch(b.rows + n * b.stride + column + b.ahead);
-    }
-  });
-}
-
 // The block that begins with these rows, as large as they are many.
-template <class Policy, int M = kBlock, int N = kBlock>
-inline void add_largest_block(const Side<typename Policy::E>& a, const Side<typename Policy::E>& b, int64_t columns,
-                              double* sums) {
-  if constexpr (M > 1) {
-    if (a.T < M) return add_largest_block<Policy, M - 1, N>(a, b, columns, sums);
-  }
+template <class Policy, int N = kBlock>
+inline void add_largest_block(const Rows<typename Policy::E>& a, const Rows<typename Policy::E>& b, double* sums) {
   if constexpr (N > 1) {
-    if (b.T < N) return add_largest_block<Policy, M, N - 1>(a, b, columns, sums);
+    if (b.T < N) return add_largest_block<Policy, N - 1>(a, b, sums);
   }
-  add_cross_block<Policy, M, N>(a, b, columns, sums);
+  add_highest_block<Policy, false, true, N>(a, b, sums);
 }
 
 template <class Policy>
-void add_cross_tile(const Side<typename Policy::E>& a, const Side<typename Policy::E>& b, int64_t columns,
-                    double* sums) {
+void add_cross_tile(const Rows<typename Policy::E>& a, const Rows<typename Policy::E>& b, double* sums) {
   const int64_t rows = blocks_of(a.T), others = blocks_of(b.T);
   for (int64_t panel = 0; panel < others; panel += Policy::kPanel) {
     for (int64_t i = 0; i < rows; ++i) {
       for (int64_t j = panel; j < smaller(others, panel + Policy::kPanel); ++j) {
-        add_largest_block<Policy>(a.from(i * kBlock, j == 0), b.from(j * kBlock, i == 0), columns,
+        add_largest_block<Policy>(a.from(i * kBlock, j, others), b.from(j * kBlock, i, rows),
                                   sums + (i * others + j) * kPairs);
       }
     }
@@ -75,23 +33,28 @@ void add_cross_tile(const Side<typename Policy::E>& a, const Side<typename Polic
 }
 
 template <class From, class Direct, class Packed>
-void add_cross_columns(const Side<From>& a, const Side<From>& b, int64_t columns, double* sums, void* buffer) {
+void add_cross_columns(const From* a, int64_t T, int64_t a_stride, const From* b, int64_t U, int64_t b_stride,
+                       int64_t columns, double* sums, void* buffer) {
   const int64_t packed_row = packed_stride<Packed>();
+  constexpr int64_t kSize = sizeof(From), kStepBytes = Packed::kStep * kSize;
   auto* packed_a = static_cast<typename Packed::E*>(buffer);
-  auto* packed_b = packed_a + a.T * packed_row;
-  for (int64_t column = 0, width = 0; column < columns; column += width) {
+  auto* packed_b = packed_a + T * packed_row;
+  for (int64_t column = 0, width = 0; column < columns; column += width, a += width, b += width) {
     width = tile_width<Packed>(columns - column);
+    const char* ahead_a = reinterpret_cast<const char*>(a + Packed::kTile);
+    const char* ahead_b = reinterpret_cast<const char*>(b + Packed::kTile);
     if constexpr (!std::is_same_v<Direct, void>) {
       if (width >= Packed::kStep) {
-        add_cross_tile<Direct>({a.rows + column, a.T, a.stride, Packed::kTile},
-                               {b.rows + column, b.T, b.stride, Packed::kTile}, width, sums);
+        add_cross_tile<Direct>({a, T, a_stride, width / Packed::kStep, ahead_a, a_stride * kSize, kStepBytes},
+                               {b, U, b_stride, width / Packed::kStep, ahead_b, b_stride * kSize, kStepBytes}, sums);
         continue;
       }
     }
-    pack<Packed>(a.rows + column, a.T, a.stride, width, packed_a, packed_row);
-    pack<Packed>(b.rows + column, b.T, b.stride, width, packed_b, packed_row);
+    pack<Packed>(a, T, a_stride, width, packed_a, packed_row);
+    pack<Packed>(b, U, b_stride, width, packed_b, packed_row);
     const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
-    add_cross_tile<Packed>({packed_a, a.T, packed_row, 0}, {packed_b, b.T, packed_row, 0}, steps * Packed::kStep, sums);
+    add_cross_tile<Packed>({packed_a, T, packed_row, steps, ahead_a, a_stride * kSize, kStepBytes},
+                           {packed_b, U, packed_row, steps, ahead_b, b_stride * kSize, kStepBytes}, sums);
   }
 }
 
@@ -106,14 +69,17 @@ template <class Ways>
 void cross_gram(const void* a, int64_t T, int64_t a_stride, const void* b, int64_t U, int64_t b_stride, int64_t begin,
                 int64_t end, bool small_group, double* scratch, double* C) {
   using From = typename Ways::From;
+  constexpr int64_t kSize = sizeof(From);
+  const From *rows_a = static_cast<const From*>(a) + begin, *rows_b = static_cast<const From*>(b) + begin;
+  const int64_t most = larger(T, U);
+  const bool across = cross_lines(rows_a, most, a_stride * kSize) || cross_lines(rows_b, most, b_stride * kSize);
   const int64_t size = cross_sums_size(T, U);
   for (int64_t s = 0; s < size; ++s) scratch[s] = 0;
-  auto add = small_group ? add_cross_columns<From, InDoubles<From>, InDoubles<double>>
-             : larger(T, U) <= kExactRows
-                 ? add_cross_columns<From, typename Ways::Direct, typename Ways::Packed>
-                 : add_cross_columns<From, typename Ways::LargeDirect, typename Ways::LargePacked>;
-  add({static_cast<const From*>(a) + begin, T, a_stride, 0}, {static_cast<const From*>(b) + begin, U, b_stride, 0},
-      end - begin, scratch, scratch + size);
+  auto add = small_group          ? add_cross_columns<From, InDoubles<From>, InDoubles<double>>
+             : most <= kExactRows ? add_cross_columns<From, typename Ways::Direct, typename Ways::Packed>
+             : across             ? add_cross_columns<From, void, typename Ways::LargePacked>
+                                  : add_cross_columns<From, typename Ways::LargeDirect, typename Ways::LargePacked>;
+  add(rows_a, T, a_stride, rows_b, U, b_stride, end - begin, scratch, scratch + size);
   for (int64_t i = 0; i < T; ++i) {
     for (int64_t j = 0; j < U; ++j) {
       const double* block = scratch + (i / kBlock * blocks_of(U) + j / kBlock) * kPairs;

@@ -104,32 +104,74 @@ template <class Policy, int M, int N, bool kDiagonal, class Add>
   add_sums<kDiagonal>(acc, sums);
 }
 
-// sums[m kBlock + n] += <a_m, b_n>, `columns` a multiple of kStep. On the diagonal b is a and only n <= m is computed.
-// The rows a are asked for at `ahead`, where they will be read next: each block of a row of blocks asks for its share.
-template <class Policy, int M, int N, bool kDiagonal>
-inline void add_block(const typename Policy::E* a, const typename Policy::E* b, int64_t stride, int64_t columns,
-                      const char* ahead, int64_t ahead_stride, int64_t ahead_step, double* sums) {
+// Rows of a tile, and where each will be read from next.
+template <class E>
+struct Rows {
+  const E* data;
+  int64_t T, stride, steps;
+  const char* ahead;
+  int64_t ahead_stride, ahead_step;  // bytes
+
+  // The rows from `row` on, to ask for `count` of so many parts of what is read next, beginning with `part`.
+  Rows from(int64_t row, int64_t part, int64_t parts, int64_t count = 1) const {
+    const auto divisor = static_cast<uint32_t>(parts);  // of 64 bits it would take several times as long
+    const int64_t step = (static_cast<uint32_t>(ahead_step) + divisor - 1) / divisor;
+    Rows rows = *this;
+    rows.data += row * stride;
+    rows.T -= row;
+    rows.ahead += row * ahead_stride + part * step * steps;
+    rows.ahead_step = count * step;
+    return rows;
+  }
+};
+
+// sums[m kBlock + n] += <a_m, b_n>. On the diagonal b is a and only n <= m is computed. The rows a ask for what is read
+// next, with kBoth the rows b too. All is copied from a and b first: through a reference each step would read it again.
+template <class Policy, int M, int N, bool kDiagonal, bool kBoth>
+inline void add_block(const Rows<typename Policy::E>& a, const Rows<typename Policy::E>& b, double* sums) {
   using Acc = typename Policy::Acc;
+  const int64_t columns = a.steps * Policy::kStep;
+  const typename Policy::E *a_data = a.data, *b_data = b.data;
+  const char *a_ahead = a.ahead, *b_ahead = b.ahead;
+  const int64_t a_stride = a.stride, b_stride = b.stride;
+  const int64_t a_ahead_stride = a.ahead_stride, b_ahead_stride = b.ahead_stride;
+  const int64_t a_step = a.ahead_step, b_step = b.ahead_step;
   add_chains<Policy, M, N, kDiagonal>(columns, sums, [=](Acc(&acc)[M][N], int64_t begin, int64_t end) {
-    const char* next = ahead + begin / Policy::kStep * ahead_step;
+    const char* a_next = a_ahead + begin / Policy::kStep * a_step;
+    const char* b_next = b_ahead + begin / Policy::kStep * b_step;
     for (int64_t column = begin; column < end; column += Policy::kStep) {
 #pragma GCC unroll 2
       for (int part = 0; part < Policy::kParts; ++part) {
         typename Policy::Loaded left[M];
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) left[m] = Policy::load(a + m * stride + column, part);
+        for (int m = 0; m < M; ++m) left[m] = Policy::load(a_data + m * a_stride + column, part);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) {
-          const typename Policy::Loaded right = kDiagonal ? left[n] : Policy::load(b + n * stride + column, part);
+          const typename Policy::Loaded right =
+              kDiagonal ? left[n] : Policy::load(b_data + n * b_stride + column, part);
 #pragma GCC unroll 4
           for (int m = kDiagonal ? n : 0; m < M; ++m) acc[m][n] = Policy::multiply_add(acc[m][n], left[m], right);
         }
       }
 #pragma GCC unroll 4
-      for (int m = 0; m < M; ++m) prefetch(next + m * ahead_stride);
-      next += ahead_step;
+      for (int m = 0; m < M; ++m) prefetch(a_next + m * a_ahead_stride);
+      a_next += a_step;
+      if constexpr (kBoth) {
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) prefetch(b_next + n * b_ahead_stride);
+        b_next += b_step;
+      }
     }
   });
+}
+
+// The block that begins with these rows, as high as there are rows a.
+template <class Policy, bool kDiagonal, bool kBoth, int N = kBlock, int M = kBlock>
+inline void add_highest_block(const Rows<typename Policy::E>& a, const Rows<typename Policy::E>& b, double* sums) {
+  if constexpr (M > 1) {
+    if (a.T < M) return add_highest_block<Policy, kDiagonal, kBoth, N, M - 1>(a, b, sums);
+  }
+  add_block<Policy, M, kDiagonal ? M : N, kDiagonal, kBoth>(a, b, sums);
 }
 
 // Where reading a vector also converts it, that is half of the work: a block below the diagonal and the one above it on
@@ -137,16 +179,19 @@ inline void add_block(const typename Policy::E* a, const typename Policy::E* b, 
 template <class Policy>
 constexpr bool kCorners = kBlock == 4 && std::is_same_v<typename Policy::Acc, VecD>;
 
-template <class Policy, int M>
-[[gnu::flatten]] inline void add_corner(const typename Policy::E* a, const typename Policy::E* b, int64_t stride,
-                                        int64_t columns, const char* ahead_a, const char* ahead_b, int64_t ahead_stride,
-                                        int64_t step_a, int64_t step_b, double* sums, double* diagonal_sums) {
+template <class Policy, int M = kBlock>
+[[gnu::flatten]] inline void add_corner(const Rows<typename Policy::E>& a, const Rows<typename Policy::E>& b,
+                                        double* sums, double* diagonal_sums) {
   static_assert(Policy::kParts == 1, "one load a step");
+  if constexpr (M > 1) {
+    if (a.T < M) return add_corner<Policy, M - 1>(a, b, sums, diagonal_sums);
+  }
   typename Policy::Acc acc[M][kBlock] = {}, diagonal[kBlock][kBlock] = {};
-  for (int64_t column = 0; column < columns; column += Policy::kStep) {
+  const char *a_next = a.ahead, *b_next = b.ahead;
+  for (int64_t column = 0; column < a.steps * Policy::kStep; column += Policy::kStep) {
     typename Policy::Loaded right[kBlock];
 #pragma GCC unroll 4
-    for (int n = 0; n < kBlock; ++n) right[n] = Policy::load(b + n * stride + column, 0);
+    for (int n = 0; n < kBlock; ++n) right[n] = Policy::load(b.data + n * b.stride + column, 0);
 #pragma GCC unroll 4
     for (int n = 0; n < kBlock; ++n) {
 #pragma GCC unroll 4
@@ -154,80 +199,54 @@ template <class Policy, int M>
     }
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) {
-      const typename Policy::Loaded left = Policy::load(a + m * stride + column, 0);
+      const typename Policy::Loaded left = Policy::load(a.data + m * a.stride + column, 0);
 #pragma GCC unroll 4
       for (int n = 0; n < kBlock; ++n) acc[m][n] = Policy::multiply_add(acc[m][n], left, right[n]);
     }
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) prefetch(ahead_a + m * ahead_stride);
+    for (int m = 0; m < M; ++m) prefetch(a_next + m * a.ahead_stride);
 #pragma GCC unroll 4
-    for (int n = 0; n < kBlock; ++n) prefetch(ahead_b + n * ahead_stride);
-    ahead_a += step_a;
-    ahead_b += step_b;
+    for (int n = 0; n < kBlock; ++n) prefetch(b_next + n * b.ahead_stride);
+    a_next += a.ahead_step;
+    b_next += b.ahead_step;
   }
   add_sums<false>(acc, sums);
   add_sums<true>(diagonal, diagonal_sums);
 }
 
-// A tile of T rows, and where each row will be read from next.
-template <class Policy>
-struct Tile {
-  const typename Policy::E* rows;
-  int64_t T, stride, columns;
-  const char* ahead;
-  int64_t ahead_stride, ahead_bytes;
-
-  template <bool kDiagonal, int M = kBlock>
-  void add(int64_t i, int64_t j, int64_t height, double* sums) const {
-    if (height == M) {
-      const int64_t share = (ahead_bytes + i) / (i + 1);
-      add_block<Policy, M, kDiagonal ? M : kBlock, kDiagonal>(
-          rows + i * kBlock * stride, rows + j * kBlock * stride, stride, columns,
-          ahead + i * kBlock * ahead_stride + j * share, ahead_stride, (share * Policy::kStep + columns - 1) / columns,
-          sums);
-    } else if constexpr (M > 1) {
-      add<kDiagonal, M - 1>(i, j, height, sums);
-    }
-  }
-
-  // Block (j + 1, j) and block (j, j).
-  template <int M = kBlock>
-  void add_corner_at(int64_t j, int64_t height, double* sums, double* diagonal_sums) const {
-    if (height == M) {
-      const int64_t i = j + 1, share_a = (ahead_bytes + i) / (i + 1), share_b = (ahead_bytes + j) / (j + 1);
-      add_corner<Policy, M>(rows + i * kBlock * stride, rows + j * kBlock * stride, stride, columns,
-                            ahead + i * kBlock * ahead_stride + j * share_a,
-                            ahead + j * kBlock * ahead_stride + j * share_b, ahead_stride,
-                            (share_a * Policy::kStep + columns - 1) / columns,
-                            (share_b * Policy::kStep + columns - 1) / columns, sums, diagonal_sums);
-    } else if constexpr (M > 1) {
-      add_corner_at<M - 1>(j, height, sums, diagonal_sums);
-    }
-  }
-};
-
 inline int64_t blocks_of(int64_t T) { return (T + kBlock - 1) / kBlock; }
 inline int64_t block_index(int64_t row, int64_t column) { return row * (row + 1) / 2 + column; }
 
+// What is read next is asked for by all blocks of these rows, evenly: all at once it would keep the caches from
+// everything else. Below the first panel a row has blocks enough to its left, and those below it need not ask.
 template <class Policy>
-void add_tile(const Tile<Policy>& tile, double* sums) {
-  const int64_t blocks = blocks_of(tile.T);
+void add_tile(const Rows<typename Policy::E>& rows, double* sums) {
+  const int64_t blocks = blocks_of(rows.T);
+  const auto block_rows = [&](int64_t i, int64_t part, int64_t count = 1) {
+    return rows.from(i * kBlock, part, i < Policy::kPanel ? blocks : i + 1, count);
+  };
   for (int64_t panel = 0; panel < blocks; panel += Policy::kPanel) {
     for (int64_t i = panel; i < blocks; ++i) {
-      const int64_t height = smaller(kBlock, tile.T - i * kBlock);
       for (int64_t j = panel; j < smaller(i, panel + Policy::kPanel); ++j) {
         double* block = sums + block_index(i, j) * kPairs;
         if constexpr (kCorners<Policy>) {
           if (j + 1 == i) {
-            tile.add_corner_at(j, height, block, sums + block_index(j, j) * kPairs);
+            add_corner<Policy>(block_rows(i, j), block_rows(j, j, panel == 0 ? 2 : 1), block,
+                               sums + block_index(j, j) * kPairs);
             continue;
           }
         }
-        tile.template add<false>(i, j, height, block);
+        if (panel == 0) {
+          add_highest_block<Policy, false, true>(block_rows(i, j), block_rows(j, i), block);
+        } else {
+          add_highest_block<Policy, false, false>(block_rows(i, j), block_rows(j, 0), block);
+        }
       }
       // with corners, only the last block of the diagonal has nothing below it
-      if (i < panel + Policy::kPanel && (!kCorners<Policy> || i + 1 == blocks))
-        tile.template add<true>(i, i, height, sums + block_index(i, i) * kPairs);
+      if (i < panel + Policy::kPanel && (!kCorners<Policy> || i + 1 == blocks)) {
+        const Rows<typename Policy::E> diagonal = block_rows(i, i);
+        add_highest_block<Policy, true, false>(diagonal, diagonal, sums + block_index(i, i) * kPairs);
+      }
     }
   }
 }
@@ -288,7 +307,7 @@ int64_t tile_width(int64_t columns) {
 template <class From, class Direct, class Packed>
 void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, double* sums, void* buffer) {
   const int64_t packed_row = packed_stride<Packed>();
-  constexpr int64_t kSize = sizeof(From);
+  constexpr int64_t kSize = sizeof(From), kStepBytes = Packed::kStep * kSize;
   auto* packed = static_cast<typename Packed::E*>(buffer);
   for (int64_t column = 0, width = 0; column < columns; column += width) {
     width = tile_width<Packed>(columns - column);
@@ -297,13 +316,13 @@ void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, d
     if constexpr (!std::is_same_v<Direct, void>) {
       static_assert(Direct::kStep == Packed::kStep, "the same tiles");
       if (width >= Packed::kStep) {
-        add_tile(Tile<Direct>{tile, T, stride, width, ahead, stride * kSize, width * kSize}, sums);
+        add_tile<Direct>({tile, T, stride, width / Packed::kStep, ahead, stride * kSize, kStepBytes}, sums);
         continue;
       }
     }
     pack<Packed>(tile, T, stride, width, packed, packed_row);
     const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
-    add_tile(Tile<Packed>{packed, T, packed_row, steps * Packed::kStep, ahead, stride * kSize, width * kSize}, sums);
+    add_tile<Packed>({packed, T, packed_row, steps, ahead, stride * kSize, kStepBytes}, sums);
   }
 }
 
