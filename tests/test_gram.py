@@ -97,11 +97,12 @@ def test_accuracy_on_equal_entries(native, T, dtype, bound):
 
 @pytest.mark.parametrize("skew", [1, 3, 7])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_on_any_alignment(native, dtype, skew):
-    """The same bits wherever the rows lie."""
-    groups = LAYOUTS["long"]
-    plain = task_gradients(6, groups, dtype=dtype)
-    skewed = task_gradients(6, groups, dtype=dtype, skew=skew)
+@pytest.mark.parametrize("T", [6, 34])
+def test_rows_on_any_alignment(native, T, dtype, skew):
+    """The same bits wherever the rows lie: many rows that begin amid a cache line are packed first."""
+    groups = gvk.ParameterGroups.from_sizes({"a": 3, "b": 16384 + 600, "c": 20000}, align=32)
+    plain = task_gradients(T, groups, dtype=dtype)
+    skewed = task_gradients(T, groups, dtype=dtype, skew=skew)
     assert torch.equal(gvk.gram(plain, groups, backend=native), gvk.gram(skewed, groups, backend=native))
 
 
