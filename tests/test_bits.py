@@ -35,7 +35,7 @@ def same_bits(left, right):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [2, 7, 16, 21])
+@pytest.mark.parametrize("T", [2, 7, 16, 21, 40])
 def test_threads_and_repetition(native, T, dtype):
     grads = task_gradients(T, MANY, dtype=dtype)
     once = everything(grads, MANY, native, threads=1)

@@ -8,6 +8,7 @@
 
 #include "gradvac/order.h"
 #include "phases.h"
+#include "shares.h"
 
 namespace gradvac::cpu {
 
@@ -16,9 +17,10 @@ CoefficientPhase::CoefficientPhase(const Vaccine& vaccine, const double* G, std:
       solver_(*variant().solver),
       G_(G),
       T_(T),
+      rows_size_(kRows * T + kCacheLine / 8),
       C_(new double[K * T * T]),
-      v_(new double[threads * kRows * T]),
-      order_(new std::int64_t[threads * kRows * T]) {}
+      v_(new double[threads * rows_size_]),
+      order_(new std::int64_t[threads * rows_size_]) {}
 
 const std::int64_t* CoefficientPhase::draw(std::int64_t group, std::int64_t row, std::int64_t* order) const {
   if (vaccine_.order != nullptr) return vaccine_.order + (group * T_ + row) * (T_ - 1);
@@ -56,7 +58,7 @@ void CoefficientPhase::solve(std::int64_t group, std::int64_t first, std::int64_
   Turning rows[kRows];
   int count = 0;
   for (std::int64_t row = first; row < last; ++row) {
-    const std::int64_t place = (thread * kRows + count) * T_;
+    const std::int64_t place = thread * rows_size_ + count * T_;
     count += begin(group, row, &v_[place], &order_[place], &rows[count]);
   }
   if (count > 0) solver_.solve(rows, count, G_ + group * T_ * T_, T_, vaccine_);
@@ -77,14 +79,15 @@ void coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine
   const std::int64_t useful = K * T * T * (T + 16) / kWorthAThread + 1;
   if (useful < threads) threads = static_cast<int>(useful);
   CoefficientPhase phase(vaccine, G, K, T, threads);
+  Shares solved(K * phase.blocks(), threads);
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
-#pragma omp for schedule(dynamic, 1)
-    for (std::int64_t b = 0; b < K * phase.blocks(); ++b) {
-      phase.solve_block(b / phase.blocks(), b % phase.blocks(), omp_get_thread_num());
-    }
-#pragma omp for schedule(dynamic, 1)
+    const int thread = omp_get_thread_num();
+    solved.each(thread, 0, K * phase.blocks(),
+                [&](std::int64_t block) { phase.solve_block(block / phase.blocks(), block % phase.blocks(), thread); });
+#pragma omp barrier
+#pragma omp for schedule(static)
     for (std::int64_t k = 0; k < K; ++k) phase.weigh(k);
   }
 }

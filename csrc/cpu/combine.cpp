@@ -1,5 +1,8 @@
 // Combine: segments in parallel, each the weighted sum of its rows.
+#include <omp.h>
+
 #include "phases.h"
+#include "shares.h"
 
 namespace gradvac::cpu {
 
@@ -19,11 +22,12 @@ void CombinePhase::combine(const Segment& segment) const {
 void combine(const Buffer& grads, const double* weights, const Result& out, int threads) {
   const Segments segments(grads);
   const CombinePhase phase(grads, weights, out);
-#pragma omp parallel num_threads(useful_threads(grads, threads))
+  threads = useful_threads(grads, threads);
+  Shares combined(segments.count(), threads);
+#pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
-#pragma omp for schedule(dynamic, 1)
-    for (std::int64_t s = 0; s < segments.count(); ++s) phase.combine(segments[s]);
+    combined.each(omp_get_thread_num(), 0, segments.count(), [&](std::int64_t s) { phase.combine(segments[s]); });
   }
 }
 

@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include "phases.h"
+#include "shares.h"
 
 namespace gradvac::cpu {
 
@@ -39,12 +40,14 @@ void gram(const Buffer& grads, double* G, int threads) {
   threads = useful_threads(grads, threads);
   const Segments segments(grads);
   GramPhase phase(grads, segments, threads);
+  Shares measured(segments.count(), threads);
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
-#pragma omp for schedule(static)  // long runs of memory for each thread: read faster than segments in turns
-    for (std::int64_t s = 0; s < segments.count(); ++s) phase.measure(s, omp_get_thread_num());
-#pragma omp for schedule(dynamic, 1)
+    const int thread = omp_get_thread_num();
+    measured.each(thread, 0, segments.count(), [&](std::int64_t s) { phase.measure(s, thread); });
+#pragma omp barrier
+#pragma omp for schedule(static)
     for (std::int64_t k = 0; k < grads.K; ++k) phase.add_up(k, G + k * grads.T * grads.T);
   }
 }

@@ -108,11 +108,11 @@ class CoefficientPhase {
 
   const Vaccine& vaccine_;
   const Solver& solver_;
-  const double* G_;  // [K, T, T]
-  std::int64_t T_;
+  const double* G_;                        // [K, T, T]
+  std::int64_t T_, rows_size_;             // the latter a cache line more, so that threads share none
   std::unique_ptr<double[]> C_;            // [K, T, T]
-  std::unique_ptr<double[]> v_;            // [threads, kRows, T]
-  std::unique_ptr<std::int64_t[]> order_;  // [threads, kRows, T]
+  std::unique_ptr<double[]> v_;            // [threads, rows_size_], of it [kRows, T]
+  std::unique_ptr<std::int64_t[]> order_;  // [threads, rows_size_], of it [kRows, T]
 };
 
 class CombinePhase {

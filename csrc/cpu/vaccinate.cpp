@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "phases.h"
+#include "shares.h"
 
 namespace gradvac::cpu {
 
@@ -17,6 +18,16 @@ struct Plan {
   std::vector<std::int64_t> alone;                              // groups, each one thread's
   std::vector<std::pair<std::int64_t, std::int64_t>> together;  // runs of the others: the first, and one past the last
 };
+
+// The large ones of each thread's share first: the threads end together.
+void sort_shares(const Buffer& grads, int threads, std::vector<std::int64_t>* groups) {
+  const auto count = static_cast<std::int64_t>(groups->size());
+  for (int thread = 0; thread < threads; ++thread) {
+    std::stable_sort(groups->begin() + share_begin(0, count, thread, threads),
+                     groups->begin() + share_begin(0, count, thread + 1, threads),
+                     [&](std::int64_t a, std::int64_t b) { return columns_of(grads, a) > columns_of(grads, b); });
+  }
+}
 
 Plan plan(const Buffer& grads, const Segments& segments, int threads) {
   constexpr std::int64_t kFewRows = 32;  // with more, the recurrence is worth sharing out
@@ -44,9 +55,7 @@ Plan plan(const Buffer& grads, const Segments& segments, int threads) {
       runs.emplace_back(k, k + 1);
     }
   }
-  // the large ones first: the threads end together
-  std::stable_sort(found.alone.begin(), found.alone.end(),
-                   [&](std::int64_t a, std::int64_t b) { return columns_of(grads, a) > columns_of(grads, b); });
+  sort_shares(grads, threads, &found.alone);
   return found;
 }
 
@@ -61,6 +70,8 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Res
   const CombinePhase combine(grads, vaccine.weights, out);
   const std::int64_t blocks = coefficients.blocks(), matrix = grads.T * grads.T;
   const auto alone = static_cast<std::int64_t>(groups.alone.size());
+  Shares measured(segments.count(), threads), combined(segments.count(), threads), vaccinated(alone, threads),
+      solved(grads.K * blocks, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
@@ -68,28 +79,27 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Res
     for (const auto& run : groups.together) {
       const std::int64_t first = run.first, last = run.second;
       const std::int64_t begin = segments.first(first), end = segments.first(last);
-#pragma omp for schedule(dynamic, 1)
-      for (std::int64_t s = begin; s < end; ++s) gram.measure(s, thread);
-#pragma omp for schedule(dynamic, 1)
+      measured.each(thread, begin, end, [&](std::int64_t s) { gram.measure(s, thread); });
+#pragma omp barrier
+#pragma omp for schedule(static)
       for (std::int64_t k = first; k < last; ++k) gram.add_up(k, G + k * matrix);
-#pragma omp for schedule(dynamic, 1)
-      for (std::int64_t b = first * blocks; b < last * blocks; ++b) {
-        coefficients.solve_block(b / blocks, b % blocks, thread);
-      }
-#pragma omp for schedule(dynamic, 1)
+      solved.each(thread, first * blocks, last * blocks,
+                  [&](std::int64_t block) { coefficients.solve_block(block / blocks, block % blocks, thread); });
+#pragma omp barrier
+#pragma omp for schedule(static)
       for (std::int64_t k = first; k < last; ++k) coefficients.weigh(k);
-#pragma omp for schedule(dynamic, 1) nowait
-      for (std::int64_t s = 0; s < end - begin; ++s) combine.combine(segments[end - 1 - s]);
+      // mirrored: a thread's own ones, from the last that it measured
+      combined.each(threads - 1 - thread, begin, end,
+                    [&](std::int64_t s) { combine.combine(segments[begin + end - 1 - s]); });
     }
-#pragma omp for schedule(dynamic, 1) nowait
-    for (std::int64_t i = 0; i < alone; ++i) {
+    vaccinated.each(thread, 0, alone, [&](std::int64_t i) {
       const std::int64_t k = groups.alone[i];
       for (std::int64_t s = segments.first(k); s < segments.first(k + 1); ++s) gram.measure(s, thread);
       gram.add_up(k, G + k * matrix);
       for (std::int64_t block = 0; block < blocks; ++block) coefficients.solve_block(k, block, thread);
       coefficients.weigh(k);
       for (std::int64_t s = segments.first(k + 1); s-- > segments.first(k);) combine.combine(segments[s]);
-    }
+    });
   }
 }
 
