@@ -41,18 +41,18 @@ void add_cross_columns(const From* a, int64_t T, int64_t a_stride, const From* b
   auto* packed_b = packed_a + T * packed_row;
   for (int64_t column = 0, width = 0; column < columns; column += width, a += width, b += width) {
     width = tile_width<Packed>(columns - column);
+    const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
     const char* ahead_a = reinterpret_cast<const char*>(a + Packed::kTile);
     const char* ahead_b = reinterpret_cast<const char*>(b + Packed::kTile);
     if constexpr (!std::is_same_v<Direct, void>) {
       if (width >= Packed::kStep) {
-        add_cross_tile<Direct>({a, T, a_stride, width / Packed::kStep, ahead_a, a_stride * kSize, kStepBytes},
-                               {b, U, b_stride, width / Packed::kStep, ahead_b, b_stride * kSize, kStepBytes}, sums);
+        add_cross_tile<Direct>({a, T, a_stride, steps, ahead_a, a_stride * kSize, kStepBytes},
+                               {b, U, b_stride, steps, ahead_b, b_stride * kSize, kStepBytes}, sums);
         continue;
       }
     }
     pack<Packed>(a, T, a_stride, width, packed_a, packed_row);
     pack<Packed>(b, U, b_stride, width, packed_b, packed_row);
-    const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
     add_cross_tile<Packed>({packed_a, T, packed_row, steps, ahead_a, a_stride * kSize, kStepBytes},
                            {packed_b, U, packed_row, steps, ahead_b, b_stride * kSize, kStepBytes}, sums);
   }

@@ -311,17 +311,17 @@ void add_columns(const From* rows, int64_t T, int64_t stride, int64_t columns, d
   auto* packed = static_cast<typename Packed::E*>(buffer);
   for (int64_t column = 0, width = 0; column < columns; column += width) {
     width = tile_width<Packed>(columns - column);
+    const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
     const From* tile = rows + column;
     const char* ahead = reinterpret_cast<const char*>(tile) + Packed::kTile * kSize;
     if constexpr (!std::is_same_v<Direct, void>) {
       static_assert(Direct::kStep == Packed::kStep, "the same tiles");
       if (width >= Packed::kStep) {
-        add_tile<Direct>({tile, T, stride, width / Packed::kStep, ahead, stride * kSize, kStepBytes}, sums);
+        add_tile<Direct>({tile, T, stride, steps, ahead, stride * kSize, kStepBytes}, sums);
         continue;
       }
     }
     pack<Packed>(tile, T, stride, width, packed, packed_row);
-    const int64_t steps = (width + Packed::kStep - 1) / Packed::kStep;
     add_tile<Packed>({packed, T, packed_row, steps, ahead, stride * kSize, kStepBytes}, sums);
   }
 }
