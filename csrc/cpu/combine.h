@@ -13,27 +13,39 @@ constexpr int64_t kCombineAhead = 768;  // bytes: nearer, memory would not answe
 template <class E>
 constexpr int kCombineVectors = 64 / kDoubles / static_cast<int>(sizeof(E)) < 4 ? 2 : 4;
 
-// to[c] = sums[c] + sum_r weight[r] row_r[c] for R rows, rounded. The first rows find no sums.
-template <int R, bool kFirst, class E, class To>
+// to[c] = sums[c] + sum_r weight[r] row_r[c] for R rows. The first rows find no sums; sums lie in the order that the
+// type is fast in, and the last rows round them in their own.
+template <int R, bool kFirst, bool kLast, class E, class To>
 inline void add_line(const E* rows, int64_t stride, const double (&weight)[R], const double* sums, To* to) {
-  constexpr int kVectors = kCombineVectors<E>;
-  VecD sum[kVectors];
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; ++v) sum[v] = kFirst ? VecD{} : load<VecD>(sums + v * kDoubles);
+  constexpr int kPairs = kCombineVectors<E> / 2, kPair = 2 * kDoubles;
+  Doubles sum[kPairs];
+#pragma GCC unroll 2
+  for (int p = 0; p < kPairs; ++p) sum[p] = kFirst ? Doubles{} : load<Doubles>(sums + p * kPair);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const E* row = rows + r * stride;
     const auto ahead = reinterpret_cast<uintptr_t>(row) + kCombineAhead;  // a number: it may lie outside the rows
     prefetch(reinterpret_cast<const void*>(ahead));
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[v] += load_doubles(row + v * kDoubles) * weight[r];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPairs; ++p) {
+      const Doubles two = load_two(row + p * kPair);
+      sum[p].v[0] += two.v[0] * weight[r];
+      sum[p].v[1] += two.v[1] * weight[r];
+    }
   }
-#pragma GCC unroll 4
-  for (int v = 0; v < kVectors; v += 2) store_rounded(to + v * kDoubles, sum[v], sum[v + 1]);
+#pragma GCC unroll 2
+  for (int p = 0; p < kPairs; ++p) {
+    if constexpr (kLast) {
+      const Doubles two = in_order<E>(sum[p]);
+      store_rounded(to + p * kPair, two.v[0], two.v[1]);
+    } else {
+      store(to + p * kPair, sum[p]);
+    }
+  }
 }
 
 // The same over columns. What is less than a line is padded.
-template <int R, bool kFirst, class E, class To>
+template <int R, bool kFirst, bool kLast, class E, class To>
 inline void add_rows(const E* rows, int64_t stride, const double* weights, int64_t columns, const double* sums,
                      To* to) {
   constexpr int kLine = kCombineVectors<E> * kDoubles;
@@ -42,24 +54,29 @@ inline void add_rows(const E* rows, int64_t stride, const double* weights, int64
   for (int r = 0; r < R; ++r) weight[r] = weights[r];
   int64_t column = 0;
   for (; column + kLine <= columns; column += kLine) {
-    add_line<R, kFirst>(rows + column, stride, weight, sums + column, to + column);
+    add_line<R, kFirst, kLast>(rows + column, stride, weight, sums + column, to + column);
   }
   if (column < columns) {
     E padded[R][kLine] = {};
-    To rounded[kLine];
     for (int r = 0; r < R; ++r) {
       __builtin_memcpy(padded[r], rows + r * stride + column, (columns - column) * sizeof(E));
     }
-    add_line<R, kFirst>(padded[0], kLine, weight, sums + column, rounded);
-    __builtin_memcpy(to + column, rounded, (columns - column) * sizeof(To));
+    if constexpr (kLast) {
+      To rounded[kLine];
+      add_line<R, kFirst, kLast>(padded[0], kLine, weight, sums + column, rounded);
+      __builtin_memcpy(to + column, rounded, (columns - column) * sizeof(To));
+    } else {
+      add_line<R, kFirst, kLast>(padded[0], kLine, weight, sums + column, to + column);
+    }
   }
 }
 
+// The last rows, `count` of them.
 template <int R, bool kFirst, class E, class To>
-inline void add_rows_of(int64_t count, const E* rows, int64_t stride, const double* weights, int64_t columns,
-                        const double* sums, To* to) {
-  if (count >= R) return add_rows<R, kFirst>(rows, stride, weights, columns, sums, to);
-  if constexpr (R > 1) add_rows_of<R - 1, kFirst>(count, rows, stride, weights, columns, sums, to);
+inline void add_last_rows(int64_t count, const E* rows, int64_t stride, const double* weights, int64_t columns,
+                          const double* sums, To* to) {
+  if (count >= R) return add_rows<R, kFirst, true>(rows, stride, weights, columns, sums, to);
+  if constexpr (R > 1) add_last_rows<R - 1, kFirst>(count, rows, stride, weights, columns, sums, to);
 }
 
 // Streaming stores spare the read of lines that are wholly overwritten, and leave the cache to the gradients.
@@ -83,22 +100,22 @@ inline void stream_out(char* to, const char* from, int64_t bytes) {
 template <class Out, class E>
 void combine_into(Out* out, const E* rows, int64_t T, int64_t stride, int64_t begin, int64_t end, const double* weights,
                   bool stream) {
-  constexpr int kRows = 8;  // at a time: the registers of AVX-512 hold their weights beside the sums
-  alignas(kBytes) double sums[kCombineTile] = {};  // also past the columns, where the end of a line is computed
+  constexpr int kRows = 8;                    // at a time: the registers of AVX-512 hold their weights beside the sums
+  alignas(kBytes) double sums[kCombineTile];  // whole lines, also past the columns
   alignas(kBytes) Out rounded[kCombineTile];
   for (int64_t column = begin; column < end; column += kCombineTile) {
     const int64_t columns = smaller(kCombineTile, end - column);
     const E* tile = rows + column;
     Out* to = stream ? rounded : out + column;
     if (T <= kRows) {
-      add_rows_of<kRows, true>(T, tile, stride, weights, columns, sums, to);
+      add_last_rows<kRows, true>(T, tile, stride, weights, columns, sums, to);
     } else {
-      add_rows<kRows, true>(tile, stride, weights, columns, sums, sums);
+      add_rows<kRows, true, false>(tile, stride, weights, columns, sums, sums);
       int64_t row = kRows;
       for (; row + kRows < T; row += kRows) {
-        add_rows<kRows, false>(tile + row * stride, stride, weights + row, columns, sums, sums);
+        add_rows<kRows, false, false>(tile + row * stride, stride, weights + row, columns, sums, sums);
       }
-      add_rows_of<kRows, false>(T - row, tile + row * stride, stride, weights + row, columns, sums, to);
+      add_last_rows<kRows, false>(T - row, tile + row * stride, stride, weights + row, columns, sums, to);
     }
     if (stream) {
       stream_out(reinterpret_cast<char*>(out + column), reinterpret_cast<const char*>(rounded), columns * sizeof(Out));

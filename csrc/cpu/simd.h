@@ -135,6 +135,48 @@ inline VecF load_floats(const Float16* p) {
 #endif
 }
 
+// GCC has __builtin_shufflevector from 12 on only.
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+typedef int64_t OrderD __attribute__((vector_size(kBytes)));
+typedef int32_t OrderF __attribute__((vector_size(kBytes)));
+#define GRADVAC_SHUFFLE_D(a, b, ...) __builtin_shuffle(a, b, (OrderD){__VA_ARGS__})
+#define GRADVAC_SHUFFLE_F(a, b, ...) __builtin_shuffle(a, b, (OrderF){__VA_ARGS__})
+#else
+#define GRADVAC_SHUFFLE_D(...) __builtin_shufflevector(__VA_ARGS__)
+#define GRADVAC_SHUFFLE_F(...) __builtin_shufflevector(__VA_ARGS__)
+#endif
+
+// Two vectors of consecutive gradients, in an order that their type is fast in.
+struct Doubles {
+  VecD v[2];
+};
+template <class E>
+inline Doubles load_two(const E* p) {
+  return {{load_doubles(p), load_doubles(p + kDoubles)}};
+}
+inline Doubles load_two(const Bfloat16* p) {  // the even ones and the odd ones: half a word each
+  const HalfU pairs = load<HalfU>(p);
+  return {{widen(bits<HalfF>(pairs << 16)), widen(bits<HalfF>(pairs & 0xFFFF0000u))}};
+}
+
+// The same in their own order.
+template <class E>
+inline Doubles in_order(Doubles two) {
+  return two;
+}
+template <>
+inline Doubles in_order<Bfloat16>(Doubles two) {
+  const VecD even = two.v[0], odd = two.v[1];
+#if defined(__AVX512F__)
+  return {{GRADVAC_SHUFFLE_D(even, odd, 0, 8, 1, 9, 2, 10, 3, 11),
+           GRADVAC_SHUFFLE_D(even, odd, 4, 12, 5, 13, 6, 14, 7, 15)}};
+#elif defined(__AVX2__)
+  return {{GRADVAC_SHUFFLE_D(even, odd, 0, 4, 1, 5), GRADVAC_SHUFFLE_D(even, odd, 2, 6, 3, 7)}};
+#else
+  return {{GRADVAC_SHUFFLE_D(even, odd, 0, 2), GRADVAC_SHUFFLE_D(even, odd, 1, 3)}};
+#endif
+}
+
 // ---- and back, two vectors at a time, rounded to nearest, ties to even
 
 inline HalfF narrow(VecD v) {
@@ -196,17 +238,6 @@ inline void store_rounded(Float16* p, VecD a, VecD b) {
 }
 
 // ---- sums over lanes
-
-// GCC has __builtin_shufflevector from 12 on only.
-#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
-typedef int64_t OrderD __attribute__((vector_size(kBytes)));
-typedef int32_t OrderF __attribute__((vector_size(kBytes)));
-#define GRADVAC_SHUFFLE_D(a, b, ...) __builtin_shuffle(a, b, (OrderD){__VA_ARGS__})
-#define GRADVAC_SHUFFLE_F(a, b, ...) __builtin_shuffle(a, b, (OrderF){__VA_ARGS__})
-#else
-#define GRADVAC_SHUFFLE_D(...) __builtin_shufflevector(__VA_ARGS__)
-#define GRADVAC_SHUFFLE_F(...) __builtin_shufflevector(__VA_ARGS__)
-#endif
 
 #if defined(__AVX512F__)
 #define GRADVAC_SHUFFLE_PAIRS_LOW 0, 8, 2, 10, 4, 12, 6, 14
