@@ -40,15 +40,14 @@ void gram(const Buffer& grads, double* G, int threads) {
   threads = useful_threads(grads, threads);
   const Segments segments(grads);
   GramPhase phase(grads, segments, threads);
-  Shares measured(segments.count(), threads);
+  Shares measured(segments.count(), threads), added_up(grads.K, threads);
 #pragma omp parallel num_threads(threads)
   {
     const FullFloats full;
     const int thread = omp_get_thread_num();
     measured.each(thread, 0, segments.count(), [&](std::int64_t s) { phase.measure(s, thread); });
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (std::int64_t k = 0; k < grads.K; ++k) phase.add_up(k, G + k * grads.T * grads.T);
+    added_up.each(thread, 0, grads.K, [&](std::int64_t k) { phase.add_up(k, G + k * grads.T * grads.T); });
   }
 }
 

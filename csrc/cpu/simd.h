@@ -155,6 +155,7 @@ inline Doubles load_two(const E* p) {
   return {{load_doubles(p), load_doubles(p + kDoubles)}};
 }
 inline Doubles load_two(const Bfloat16* p) {  // the even ones and the odd ones: half a word each
+  static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the even one is the low half");
   const HalfU pairs = load<HalfU>(p);
   return {{widen(bits<HalfF>(pairs << 16)), widen(bits<HalfF>(pairs & 0xFFFF0000u))}};
 }

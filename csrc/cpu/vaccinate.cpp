@@ -1,6 +1,6 @@
 // The three verbs in one parallel region. Small groups are one thread's from beginning to end, so that they are
-// combined out of its own cache. The others go through in batches that fit the last cache level; of a larger group the
-// tail still is there, and it is combined first.
+// combined out of its own cache. The others go through in batches that fit the last cache level; of a larger group each
+// thread still has the tail of its share there, and combines it first.
 #include <omp.h>
 
 #include <algorithm>
@@ -16,15 +16,26 @@ namespace {
 
 struct Plan {
   std::vector<std::int64_t> alone;                              // groups, each one thread's
+  std::vector<std::int64_t> shares;                             // of these: thread t's begins at shares[t]
   std::vector<std::pair<std::int64_t, std::int64_t>> together;  // runs of the others: the first, and one past the last
 };
 
-// The large ones of each thread's share first: the threads end together.
-void sort_shares(const Buffer& grads, int threads, std::vector<std::int64_t>* groups) {
-  const auto count = static_cast<std::int64_t>(groups->size());
+// Shares of about as many columns; in each the large groups come first, so that the threads end together.
+void share_out(const Buffer& grads, int threads, Plan* plan) {
+  auto& groups = plan->alone;
+  std::int64_t columns = 0, before = 0;
+  for (const std::int64_t k : groups) columns += columns_of(grads, k);
+  const auto share_is_full = [&] {
+    const auto begun = static_cast<std::int64_t>(plan->shares.size());
+    return begun < threads && before * threads >= columns * begun;
+  };
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    while (share_is_full()) plan->shares.push_back(static_cast<std::int64_t>(i));
+    before += columns_of(grads, groups[i]);
+  }
+  plan->shares.resize(threads + 1, static_cast<std::int64_t>(groups.size()));
   for (int thread = 0; thread < threads; ++thread) {
-    std::stable_sort(groups->begin() + share_begin(0, count, thread, threads),
-                     groups->begin() + share_begin(0, count, thread + 1, threads),
+    std::stable_sort(groups.begin() + plan->shares[thread], groups.begin() + plan->shares[thread + 1],
                      [&](std::int64_t a, std::int64_t b) { return columns_of(grads, a) > columns_of(grads, b); });
   }
 }
@@ -55,7 +66,7 @@ Plan plan(const Buffer& grads, const Segments& segments, int threads) {
       runs.emplace_back(k, k + 1);
     }
   }
-  sort_shares(grads, threads, &found.alone);
+  share_out(grads, threads, &found);
   return found;
 }
 
@@ -88,11 +99,9 @@ void vaccinate(const Buffer& grads, const Vaccine& vaccine, double* G, const Res
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (std::int64_t k = first; k < last; ++k) coefficients.weigh(k);
-      // mirrored: a thread's own ones, from the last that it measured
-      combined.each(threads - 1 - thread, begin, end,
-                    [&](std::int64_t s) { combine.combine(segments[begin + end - 1 - s]); });
+      combined.each_backwards(thread, begin, end, [&](std::int64_t s) { combine.combine(segments[s]); });
     }
-    vaccinated.each(thread, 0, alone, [&](std::int64_t i) {
+    vaccinated.each(0, alone, groups.shares[thread], groups.shares[thread + 1], [&](std::int64_t i) {
       const std::int64_t k = groups.alone[i];
       for (std::int64_t s = segments.first(k); s < segments.first(k + 1); ++s) gram.measure(s, thread);
       gram.add_up(k, G + k * matrix);
