@@ -1,5 +1,9 @@
 """The native kernels give the same bits for any number of threads, on every run, and on a slab of the groups."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from cases import task_gradients
@@ -41,6 +45,22 @@ def test_threads_and_repetition(native, T, dtype):
     once = everything(grads, MANY, native, threads=1)
     for threads in (1, 2, 3, 8, 2):
         assert same_bits(once, everything(grads, MANY, native, threads=threads))
+
+
+@pytest.mark.parametrize("T", [7, 40])
+def test_fewer_threads_than_asked_for(T, tmp_path):
+    """One thread is given where three are asked for: it does the others' shares too."""
+    if "cpu" not in gvk.available_backends():
+        pytest.skip("the native module is not built")
+    call = "import sys, torch, test_bits as t; grads = t.task_gradients(int(sys.argv[1]), t.MANY)"
+    save = "torch.save([*t.everything(grads, t.MANY, 'cpu', 3), t.gvk.cross_gram(grads, grads, t.MANY)], sys.argv[2])"
+    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", f"{call}; {save}", str(T), str(tmp_path / "found")]
+    subprocess.run(command, env=environment, check=True)
+    grads = task_gradients(T, MANY)
+    expected = [*everything(grads, MANY, "cpu", 3), gvk.cross_gram(grads, grads, MANY)]
+    assert same_bits(torch.load(tmp_path / "found"), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
