@@ -91,6 +91,9 @@ KEEPING = {
     "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
     "baddbmm": lambda x: torch.baddbmm(x[:, :, :3], x, random(B, D, L)),
     "einsum": lambda x: torch.einsum("bld,bmd->blm", x, x),
+    "einsum with dots": lambda x: torch.einsum("...ld,...d->l...", x, x[:, 0]),
+    "einsum with dots behind": lambda x: torch.einsum("bl...,l->...b", x, random(L)),
+    "einsum without an arrow": lambda x: torch.einsum("ld,bld", random(L, D), x),
     "linear": lambda x: F.linear(x, random(5, D), random(5)),
     "attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], MASK[:, None, None]),
     "multi-head": lambda x: nn.MultiheadAttention(D, 2, batch_first=True)(x, x, x)[0],
@@ -100,6 +103,18 @@ KEEPING = {
     "one hot": lambda x: F.one_hot(IDS, 6) * x,
     "table": lambda x: F.embedding(IDS, random(6, D)) + x,
     "written": lambda x: _written(x),
+    "written in parts": lambda x: _written_in_parts(x),
+    "written at strides": lambda x: _written_at(x, B * D),
+    "set in parts": lambda x: _set_in_parts(x),
+    "put back": lambda x: torch.zeros(B, L, D).index_add_(0, ORDER[:3], x[ORDER[:3]] * 2),
+    "put back by name": lambda x: torch.zeros(B, L, D).index_copy(dim=0, index=ORDER[:3], source=x[ORDER[:3]]),
+    "put back by parts": lambda x: _put_back(x),
+    "put back among samples": lambda x: (x * 1).index_add(0, ORDER, x[ORDER]).index_add(1, IDS[1] // 2, x),
+    "unpacked tokens": lambda x: _unpacked(x),
+    "nothing beside": lambda x: torch.cat([x, x[..., D:] * 2], -1),
+    "no samples beside": lambda x: torch.cat(
+        [x, x[ORDER[:0]].flatten(1).unflatten(1, (L, D)).chunk(2, -1)[0].repeat(1, 1, 2)]
+    ),
     "by name": lambda x: torch.where(
         condition=x > 0, input=x, other=torch.mm(input=x[:, 0], mat2=random(D, D))[:, None]
     ),
@@ -113,6 +128,33 @@ def _written(x):
     out = x.clone()
     out[:, 0] = x[:, 1]
     out[:, 1:] = 0.5
+    return out
+
+
+def _written_in_parts(x):
+    out = torch.empty(L, B, D)
+    out[..., :2].copy_(x[:, :, 2:4].transpose(0, 1))
+    out[..., 2:].copy_(x[:, :, 2:].transpose(0, 1))
+    return out
+
+
+def _set_in_parts(x):
+    out = x.new_zeros(2, B, L, D)
+    out[1, ..., :2] = x[..., :2]
+    out[0] = x
+    return out[:, :, 1:]
+
+
+def _put_back(x):
+    out = torch.zeros(B, L, D)
+    for chosen in (ORDER[:0], ORDER[1:3], ORDER[:1], ORDER[1:]):
+        out[chosen] += x[chosen] * 2
+    return out
+
+
+def _unpacked(x):
+    out = torch.zeros(B, L, D)
+    out[MASK] = x[MASK] * 2
     return out
 
 
@@ -138,7 +180,12 @@ LOSING = {
     "table of samples": lambda x: F.embedding(ORDER, x[:, 0]),
     "kernel of samples": lambda x: F.conv1d(random(2, L, D), x[:, :, :3]),
     "weight of samples": lambda x: F.linear(x[:, 0], x[:, 1]),
-    "written in part": lambda x: _written_in_part(x),
+    "written to other samples": lambda x: _written_to_others(x),
+    "seen before it was written": lambda x: _seen_before(x),
+    "written across": lambda x: _written_at(x, 1),
+    "written from another on": lambda x: _written_at(x, 2 * D),
+    "put elsewhere": lambda x: torch.zeros(B, L, D).index_add_(0, ORDER[:2], x[ORDER[2:]]),
+    "put among others": lambda x: (x * 1).index_copy(0, ORDER, x),
     "chosen by a list": lambda x: _by_list(x),
     "attention over samples": lambda x: F.scaled_dot_product_attention(x.transpose(0, 1), *[x.transpose(0, 1)] * 2),
     "linear over samples": lambda x: F.linear(x.movedim(0, -1), random(5, B)),
@@ -147,14 +194,27 @@ LOSING = {
 }
 
 
-def _written_in_part(x):
+def _written_to_others(x):
     out = torch.zeros(B, L, D)
-    out[:, 0].copy_(x[:, 1])
+    out[1:].copy_(x[:-1])
     return out
 
 
 def _by_list(x):
     return random(6, 7).requires_grad_()[x.argmax(-1)[:, 0], [0, 1, 2, 3]]
+
+
+def _seen_before(x):
+    out = torch.zeros(B, L, D)
+    before = out[:, 0]
+    out[:, 0].copy_(x[:, 1])
+    return before
+
+
+def _written_at(x, offset):
+    out = torch.zeros(L, B, D)
+    out.as_strided((B, D), (D, 1), offset).copy_(x[:, 0])
+    return out
 
 
 @pytest.mark.parametrize(
@@ -164,6 +224,7 @@ def _by_list(x):
         lambda x: x[:].copy_(x.clone().flip([0])),
         lambda x: x[:1].add_(x[1:2].clone()),
         lambda x: x.transpose_(0, 1),
+        lambda x: torch.zeros(B, L, D).index_add_(0, ORDER[:2], x[ORDER[:2]]).index_add_(0, ORDER[:2], x[ORDER[2:]]),
     ],
 )
 def test_samples_are_not_moved_in_place(operation):

@@ -69,8 +69,12 @@ class Capture(TorchFunctionMode):
         if not args and "input" in kwargs and name not in ("where", "searchsorted"):  # there it is not the first
             kwargs = dict(kwargs)
             args = (kwargs.pop("input"),)
+        if name in ("getitem", "setitem"):
+            args = (args[0], _numbers(args[1]), *args[2:])
         given = args[:1] if name in operations.OF_THE_FIRST else (*args, kwargs) if kwargs else args
         known = [(operand, self.tracker.of(operand)) for operand in tensors_in(given)]
+        if operations.is_in_place(function):
+            known = _where_it_matters(known)
         meeting = (
             torch.is_grad_enabled()
             and any(place is None and self.shared(operand) for operand, place in known)
@@ -377,6 +381,21 @@ def _is_apart(view: torch.Tensor) -> bool:
                 return False
             reach += stride * (size - 1)
     return True
+
+
+def _numbers(index: Any) -> Any:
+    """An index, where tensors of one number are ints, as torch takes them: such as that of an expert's parameters."""
+    if isinstance(index, tuple):
+        return tuple(map(_numbers, index))
+    one = isinstance(index, torch.Tensor) and not index.dim() and index.dtype in (torch.int64, torch.int32)
+    return int(index) if one else index
+
+
+def _where_it_matters(known: list[tuple[torch.Tensor, samples.Place]]) -> list[tuple[torch.Tensor, samples.Place]]:
+    """Of an operation in place: where samples are in a constant that gets a gradient now does not matter."""
+    if not known or not isinstance(known[0][1], Lost) or known[0][0].requires_grad:
+        return known
+    return [(known[0][0], None), *known[1:]] if any(operand.requires_grad for operand, _ in known) else known
 
 
 def is_active() -> bool:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .operations import is_in_place, is_pointwise, name_of, tensors_in
 from .samples import Samples, aligned
-from .slab import Table
+from .slab import Table, Target
 from .task_rows import TaskRows
 
 if TYPE_CHECKING:
@@ -144,6 +144,28 @@ def _addmm_grads(rows: TaskRows, saved: Saved, grad: torch.Tensor, dim: int, int
     _matmul_grads(rows, saved, grad, dim, into[:1])
     if into[1] is not None:
         rows.add_sums(rows.arranged(grad, dim), into[1])
+
+
+@register_rule("_grouped_mm")
+def _grouped(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """Each of E experts multiplies a run of the tokens."""
+    x, weight, ends, bias, dtype = _bound(args, kwargs, mat_a=None, mat_b=None, offs=None, bias=None, out_dtype=None)
+    samples = capture.of(x)
+    if not isinstance(samples, Samples) or samples.dim != 0 or x.dim() != 2 or weight.dim() != 3 or bias is not None:
+        return NotImplemented
+    out = function(x, capture.plain(weight), offs=ends, out_dtype=dtype)
+    return capture.tap(out, samples, [weight], [x], functools.partial(_grouped_grads, ends=ends.tolist()))
+
+
+def _grouped_grads(rows: TaskRows, saved: Saved, grad: torch.Tensor, dim: int, into: Into, ends: list[int]) -> None:
+    if into[0] is None:
+        return
+    gradients = into[0].gradients  # [T, E, I, J]
+    for expert, (begin, end) in enumerate(zip([0, *ends], ends)):
+        if begin < end:
+            its = TaskRows(Samples(0, rows.rows[begin:end]), len(gradients), grad.device)
+            x, y = its.arranged(saved[0][begin:end], 0), its.arranged(grad[begin:end], 0)
+            its.add_products(x, y, Target(gradients[:, expert]))
 
 
 def _matrix(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,16 @@ from .operations import (
 
 
 class Pattern:
-    """The tasks along a dimension of samples, and what can be said of their order."""
+    """The tasks along a dimension of samples, and what can be said of their order.
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    Args:
+        rows: the task of each index.
+        of: what an index took them from.
+    """
+
+    def __init__(self, rows: torch.Tensor, of: Pattern | None = None) -> None:
         self.rows = rows
+        self.of = of
 
     @functools.cached_property
     def uniform(self) -> bool:
@@ -85,6 +91,7 @@ class Lost:
 
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
 
+_ELLIPSIS = "".join(map(chr, range(0x391, 0x3A1)))  # Greek: einsum takes Latin letters only
 _NOTE = "gradvac_kernels.place"
 
 
@@ -109,7 +116,9 @@ class Tracker:
         """Where the samples lie in ``tensor``."""
         noted = getattr(tensor, "_gradvac_place", None)
         if noted is not None and noted[0] is self:
-            return noted[1]
+            base = tensor._base if noted[1] is None and tensor.requires_grad else None
+            written = base is not None and self.of(base) is not None
+            return Lost("its memory was written to by other views of it") if written else noted[1]
         if id(tensor) in self._own:
             return None
         if isinstance(tensor, torch.nn.Parameter):
@@ -178,8 +187,11 @@ class Tracker:
             raise ValueError(
                 f"batch: expected {name} to leave samples where they are, got it in place; write it out of place"
             )
-        if after is not None and tensor._base is not None:
-            self.note(tensor._base, Lost(f"{name} wrote samples into a part of it"))
+        base = tensor._base
+        if after is not None and base is not None:
+            in_none = isinstance(after, Samples) and self.of(base) is None
+            lost = Lost(f"{name} wrote samples into a part of it")
+            self.note(base, _of_base(base, tensor, after) if in_none else lost)  # type: ignore[arg-type]
 
     def _places(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
         if name in COLLATING and not any(self.has_noted(tensor) for tensor, place in known if place is not None):
@@ -263,6 +275,8 @@ class Tracker:
             if not moved or samples.dim in [dim % tensor.dim() for dim in moved]:
                 raise Loses("works across the samples")
             return samples
+        if name in ("sort", "argsort", "topk") and deciding[0][0].dim() == 1:
+            return Samples(0, deciding[0][1].rows[results[-1].cpu()])  # the last result says what came from where
         if name in ALONG:
             tensor, samples = deciding[0]
             dim = _argument(args, kwargs, ALONG[name], "dim", -1)
@@ -319,7 +333,12 @@ class Tracker:
         if name == "repeat_interleave":
             return _interleaved(args, kwargs, deciding, first)
         if name == "setitem":
-            return self._written(args, deciding)
+            return self._written(args)
+        if name in ("index_add", "index_copy"):
+            return self._added(args, kwargs)
+        if name == "_grouped_mm" and args[0].dim() == 2 and args[1].dim() == 3:
+            _only(deciding, args[0])
+            return _kept(deciding, first, 0)
         raise Loses("is not known to keep samples apart")
 
     def reshaped(self, samples: Samples, before: torch.Size, after: torch.Size) -> Place:
@@ -344,18 +363,7 @@ class Tracker:
     def _indexed(self, name: str, args: Any, kwargs: Any, out: torch.Tensor) -> Place:
         tensor, samples = args[0], self.of(args[0])
         if name == "getitem":
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if not isinstance(samples, Samples):
-                return self._looked_up(index)
-            if not any(isinstance(part, (torch.Tensor, list)) for part in index):
-                return _of_view(_shadow(tensor, samples)[args[1]], samples)
-            # The last dimensions that no index touches are left out: there is one value for all of them.
-            touched = sum(part.dim() if _is_mask(part) else part is not None for part in index)
-            if any(part is Ellipsis for part in index) or touched <= samples.dim:
-                touched = tensor.dim()
-            index = tuple(part.cpu() if isinstance(part, torch.Tensor) else part for part in index)
-            shape = (*tensor.shape[:touched], *[1] * (tensor.dim() - touched))
-            return _of_values(_shadow(tensor, samples, shape)[index], out.shape)
+            return self._part(tensor, samples, args[1], out)
         dim = _argument(args, kwargs, 1, "dim", None)
         of_index = self.of(_argument(args, kwargs, 2, "index", tensor))
         if name == "gather" and samples is None and isinstance(of_index, Samples):
@@ -366,14 +374,29 @@ class Tracker:
             return Samples(samples.dim, samples.rows[: out.shape[samples.dim]])
         if name != "index_select":
             raise Loses("works across the samples")
-        return Samples(samples.dim, samples.rows[_argument(args, kwargs, 2, "index", None).cpu()])
+        rows = samples.rows[_argument(args, kwargs, 2, "index", None).cpu()]
+        return Samples(samples.dim, Pattern(rows, samples.pattern))
 
     def place_of_part(self, tensor: torch.Tensor, index: Any, part: torch.Tensor) -> Place:
         """Of ``part = tensor[index]``."""
         try:
-            return self._indexed("getitem", (tensor, index), {}, part)
+            return self._part(tensor, self.of(tensor), index, part)
         except Loses as loses:
             return Lost(f"an index {loses}")
+
+    def _part(self, tensor: torch.Tensor, samples: Place, index: Any, part: torch.Tensor) -> Place:
+        listed = index if isinstance(index, tuple) else (index,)
+        if not isinstance(samples, Samples):
+            return self._looked_up(listed)
+        if not any(isinstance(one, (torch.Tensor, list)) for one in listed):
+            return _of_view(_shadow(tensor, samples)[index], samples)
+        # The last dimensions that no index touches are left out: there is one value for all of them.
+        touched = sum(one.dim() if _is_mask(one) else one is not None for one in listed)
+        if any(one is Ellipsis for one in listed) or touched <= samples.dim:
+            touched = tensor.dim()
+        listed = tuple(one.cpu() if isinstance(one, torch.Tensor) else one for one in listed)
+        shape = (*tensor.shape[:touched], *[1] * (tensor.dim() - touched))
+        return _of_values(_shadow(tensor, samples, shape)[listed], part.shape, samples.pattern)
 
     def _looked_up(self, index: tuple[Any, ...]) -> Place:
         """What belongs to no sample, at indices that do: their dimensions stand where the first of them did."""
@@ -400,16 +423,35 @@ class Tracker:
             raise Loses("puts samples beside what is not one")
         return unified(samples for _, samples in deciding)
 
-    def _written(self, args: Any, deciding: Any) -> Place:
+    def _written(self, args: Any) -> Place:
+        """``tensor[index] = value``."""
         tensor, index, value = args
-        place = self.of(tensor)
+        part, its = tensor[index], self.of(value) if isinstance(value, torch.Tensor) else None
+        if isinstance(its, Samples) and self.of(tensor) is None and part._is_view():
+            return _of_base(tensor, part, aligned([(value, its)], part.shape))
+        return self._put(tensor, value, part.shape, lambda place: self._part(tensor, place, index, part))
+
+    def _added(self, args: Any, kwargs: Any) -> Place:
+        """``tensor.index_add(dim, index, source)``, such as what an expert made of its tokens."""
+        tensor, dim = args[0], _argument(args, kwargs, 1, "dim", 0)
+        index, source = (_argument(args, kwargs, 2 + i, name, None) for i, name in enumerate(("index", "source")))
+
+        def part_of(place: Samples) -> Place:
+            return Samples(place.dim, place.rows[index.cpu()]) if dim % tensor.dim() == place.dim else place
+
+        return self._put(tensor, source, source.shape, part_of)
+
+    def _put(self, tensor: Any, value: Any, shape: torch.Size, part_of: Callable[[Samples], Place]) -> Place:
+        """Where the samples lie in a tensor after a part of it was written."""
+        place, its = self.of(tensor), self.of(value) if isinstance(value, torch.Tensor) else None
+        written = aligned([(value, its)], shape) if isinstance(its, Samples) and value.requires_grad else None
+        if place is None and written is not None:
+            place = _taken_from(written, tensor.shape)  # what is not written yet is of no sample, so of any
         if not isinstance(place, Samples):
             raise Loses("writes samples among what is not one")
-        if isinstance(value, torch.Tensor) and value.requires_grad and self.of(value) is not None:
-            region = self.place_of_part(tensor, index, tensor[index])
-            its = self.of(value)
-            written = aligned([(value, its)], tensor[index].shape) if isinstance(its, Samples) else None
-            if not isinstance(region, Samples) or written is None or not region.same(written):
+        if its is not None and value.requires_grad:
+            part = part_of(place)
+            if written is None or not isinstance(part, Samples) or not part.same(written):
                 raise Loses("writes samples over others")
         return place
 
@@ -468,31 +510,60 @@ def _of_view(shadow: torch.Tensor, samples: Samples) -> Place:
     moving = [d for d in range(shadow.dim()) if shadow.stride(d) and shadow.shape[d] > 1]
     if len(moving) > 1:
         return Lost("a view spread the samples over two dimensions")
-    if not shadow.numel() or not shadow.dim():
-        return Lost("a view left nothing, or a single element")
+    if not shadow.dim():
+        return Lost("a view left a single element")
+    if not moving and not shadow.numel():
+        return _of_nothing(shadow.shape, samples.pattern)
     dim = moving[0] if moving else 0
-    line = shadow[tuple(slice(None) if d == dim else 0 for d in range(shadow.dim()))]
+    line = shadow.as_strided(shadow.shape[dim : dim + 1], shadow.stride()[dim : dim + 1])  # also of an empty view
     rows = samples.rows
     same = len(line) == len(rows) and line.data_ptr() == rows.data_ptr() and line.stride() == rows.stride()
     return Samples(dim, samples.pattern if same else line)
 
 
-def _of_values(shadow: torch.Tensor, shape: torch.Size) -> Place:
+def _of_base(base: torch.Tensor, view: torch.Tensor, samples: Samples) -> Place:
+    """Where samples that were written to a view of it lie in ``base``, in which there were none: all, or lost."""
+    if samples.pattern.uniform and base.dim():
+        return Samples(0, samples.rows[:1].expand(base.shape[0]))
+    size, stride = view.shape[samples.dim], view.stride(samples.dim)
+    dims = [d for d in range(base.dim()) if (base.shape[d], base.stride(d)) == (size, stride)]
+    begin = int(view.storage_offset()) - int(base.storage_offset())
+    inner = sum((n - 1) * step for n, step in zip(view.shape, view.stride()) if step < stride)
+    if len(dims) != 1 or not base.is_contiguous() or begin % (size * stride) + inner >= stride:
+        return Lost("samples were written into a part of it")
+    return Samples(dims[0], samples.pattern)
+
+
+def _taken_from(part: Samples, shape: torch.Size) -> Samples | None:
+    """Where they lie in a tensor of this shape, if an index took them from one with as many there."""
+    of = part.pattern.of
+    return Samples(part.dim, of) if of and part.dim < len(shape) and shape[part.dim] == len(of.rows) else None
+
+
+def _of_values(shadow: torch.Tensor, shape: torch.Size, of: Pattern) -> Place:
     """The dimension along which a shadow changes, by its values."""
-    if not shadow.numel() or not shadow.dim():
-        return Lost("nothing, or a single element, was left")
+    if not shadow.dim():
+        return Lost("a single element was left")
+    if not shadow.numel():
+        return _of_nothing(shape, of)
     for dim in range(shadow.dim()):
         line = shadow[tuple(slice(None) if d == dim else slice(0, 1) for d in range(shadow.dim()))]
         if bool((shadow == line).all()):
-            return Samples(
-                dim, line.flatten().clone() if len(line.flatten()) == shape[dim] else line.flatten().expand(shape[dim])
-            )
+            rows = line.flatten()
+            return Samples(dim, Pattern(rows.clone() if len(rows) == shape[dim] else rows.expand(shape[dim]), of))
     return Lost("an index spread the samples over several dimensions")
 
 
+def _of_nothing(shape: torch.Size, of: Pattern) -> Samples:
+    """No samples, as an expert has them that no token was sent to."""
+    return Samples(shape.index(0), Pattern(of.rows[:0], of))
+
+
 def _reshaped(samples: Samples, before: torch.Size, after: torch.Size) -> Place:
-    if not after or 0 in after:
-        return Lost("it was reshaped to a single element or none")
+    if not after:
+        return Lost("it was reshaped to a single element")
+    if 0 in after:
+        return _of_nothing(after, samples.pattern)
     if samples.pattern.uniform:
         return Samples(0, samples.rows[:1].expand(after[0]))
     size, inner = len(samples.rows), math.prod(before[samples.dim + 1 :])
@@ -548,17 +619,30 @@ def _einsum(tracker: Tracker, args: Any) -> Samples:
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        raise Loses("is followed with all letters and '->' in its equation only")
-    inputs, output = equation.replace(" ", "").split("->")
+    if not isinstance(equation, str):
+        raise Loses("is followed with letters only")
+    inputs, output = _letters(equation.replace(" ", ""), [operand.dim() for operand in operands])
     places = []
-    for letters, operand in zip(inputs.split(","), operands):
+    for letters, operand in zip(inputs, operands):
         place = tracker.of(operand)
         if isinstance(place, Samples) and (operand.requires_grad or not any(o.requires_grad for o in operands)):
             if letters[place.dim] not in output:
                 raise Loses("works across the samples")
             places.append(Samples(output.index(letters[place.dim]), place.pattern))
     return unified(places)
+
+
+def _letters(equation: str, dims: Sequence[int]) -> tuple[list[str], str]:
+    """Of each operand and of the result, where "..." are Greek, as many as it stands for, counted from the last."""
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+    more = [dim - len(term.replace("...", "")) for term, dim in zip(terms, dims)]
+    named = [term.replace("...", _ELLIPSIS[len(_ELLIPSIS) - n :]) for term, n in zip(terms, more)]
+    most = max((n for term, n in zip(terms, more) if "..." in term), default=0)
+    if not arrow:
+        once = sorted(letter for letter in set("".join(terms)) - {"."} if "".join(terms).count(letter) == 1)
+        output = "..." + "".join(once)
+    return named, output.replace("...", _ELLIPSIS[len(_ELLIPSIS) - most :])
 
 
 def _interleaved(args: Any, kwargs: Any, deciding: Any, out: torch.Tensor) -> Samples:
