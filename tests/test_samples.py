@@ -97,6 +97,13 @@ KEEPING = {
     "linear": lambda x: F.linear(x, random(5, D), random(5)),
     "attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], MASK[:, None, None]),
     "multi-head": lambda x: nn.MultiheadAttention(D, 2, batch_first=True)(x, x, x)[0],
+    "recurrent": lambda x: nn.LSTM(D, 4, 2, batch_first=True, bidirectional=True)(x)[0],
+    "recurrent of second": lambda x: nn.GRU(D, 4)(x.transpose(0, 1), x[None, :, 0, :4].contiguous())[0],
+    "last states": lambda x: nn.LSTM(D, 4, 2)(x.transpose(0, 1))[1][1],
+    "one step": lambda x: nn.GRUCell(D, 4)(x[:, 0], nn.LSTMCell(D, 4)(x[:, 1])[1]),
+    "packed sequences": lambda x: packed(x)[0].data,
+    "packed, last states": lambda x: packed(x)[1],
+    "packed and back": lambda x: nn.utils.rnn.pad_packed_sequence(packed(x)[0], total_length=L)[0],
     "convolution": lambda x: F.conv1d(x, random(2, L, 3)),
     "pool": lambda x: F.max_pool1d(x, 2) + F.adaptive_avg_pool1d(x, 3),
     "pad": lambda x: F.pad(x, (1, 1)),
@@ -122,6 +129,12 @@ KEEPING = {
     "batched by name": lambda x: torch.baddbmm(input=x[:, :, :L], batch1=x, batch2=x.mT),
     "looked up": lambda x: random(B, 9).gather(1, IDS)[..., None] * x,
 }
+
+
+def packed(x):
+    lengths = torch.tensor([2, 3, 1, 2])
+    sequences = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    return nn.GRU(D, 4)(sequences)
 
 
 def _written(x):
@@ -188,6 +201,9 @@ LOSING = {
     "put among others": lambda x: (x * 1).index_copy(0, ORDER, x),
     "chosen by a list": lambda x: _by_list(x),
     "attention over samples": lambda x: F.scaled_dot_product_attention(x.transpose(0, 1), *[x.transpose(0, 1)] * 2),
+    "recurrent over samples": lambda x: nn.LSTM(D, 4)(x)[0],
+    "one sequence of samples": lambda x: nn.GRU(D, 4)(x[:, 0])[0],
+    "states of others": lambda x: nn.RNN(D, D)(x.transpose(0, 1), x[None, ORDER, 0])[0],
     "linear over samples": lambda x: F.linear(x.movedim(0, -1), random(5, B)),
     "sorted": lambda x: x.sort(0).values,
     "gathered": lambda x: x.gather(0, torch.zeros(B, L, D, dtype=torch.int64)),

@@ -53,6 +53,37 @@ def test_torch_s_transformer_with_tied_weights(granularity, steps, batch_first):
     )
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(6, 4, 2, bidirectional=True)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.cell, self.head = nn.LSTMCell(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x, lengths):
+        x, states = self.gru(x.transpose(0, 1))
+        state = states[:2].transpose(0, 1).flatten(1)[None]
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        packed, (last, _) = self.lstm(packed, (state, torch.zeros_like(state)))
+        x, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+        return self.head(x[:, 0].relu() + last[0]) + self.cell(x[:, 1])[1]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_recurrent_layers(granularity):
+    """One vector-Jacobian product a task, of each result that is used."""
+    torch.manual_seed(0)
+
+    def inputs_of(num_samples, generator):
+        lengths = torch.randint(2, 6, (num_samples,), generator=generator)
+        return [torch.randn(num_samples, 5, 6, generator=generator), lengths]
+
+    def losses_of(model, inputs):
+        return F.cross_entropy(model(*inputs), inputs[1] % 4, reduction="none")
+
+    check_steps(Recurrent(), losses_of, inputs_of, 5, granularity=granularity)
+
+
 class Experts(nn.Module):
     """A mixture of four experts, of which the last gets no tokens, in the ways in which they are written."""
 

@@ -485,18 +485,20 @@ def general(capture: Capture, function: Callable[..., Any], args: Any, kwargs: d
     with torch.enable_grad():
         for key, operand in operands.items():
             inner[key] = operand.detach().requires_grad_()
-        out = function(*_replaced(args, inner), **_replaced(kwargs, inner))
+        found = function(*_replaced(args, inner), **_replaced(kwargs, inner))
     name = name_of(function)
-    if not isinstance(out, torch.Tensor):
-        raise RuntimeError(f"batch: no rule for {name}, which has several results: teach one by register_rule")
     known = [(operand, capture.of(operand)) for operand in tensors_in((*args, kwargs))]
-    capture.tracker.follow(name, function, args, kwargs, out, known)
-    samples = capture.place_for_parameters(out, name)
+    capture.tracker.follow(name, function, args, kwargs, found, known)
     parameters = [operand for operand in operands.values() if capture.shared(operand)]
     others = [operand for operand in operands.values() if not capture.shared(operand)]
-    result = _Around.apply([out], [inner[id(other)] for other in others], *others)
     wanted = [inner[id(parameter)] for parameter in parameters]
-    return capture.tap(result, samples, parameters, [], functools.partial(_general_grads, out=out, wanted=wanted))
+    results = {}
+    for out in tensors_in((found,)):
+        if out.requires_grad:
+            grads = functools.partial(_general_grads, out=out, wanted=wanted)
+            around = _Around.apply([out], [inner[id(other)] for other in others], *others)
+            results[id(out)] = capture.tap(around, capture.place_for_parameters(out, name), parameters, [], grads)
+    return _replaced((found,), results)[0]
 
 
 def _general_grads(
@@ -525,7 +527,7 @@ class _Around(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, result: list[torch.Tensor], inner: list[torch.Tensor], *others: torch.Tensor) -> torch.Tensor:
         (ctx.out,), ctx.inner = result, inner  # in a list: not an input of this node
-        return ctx.out.detach()
+        return ctx.out.detach().clone()  # what comes after may write to it
 
     @staticmethod
     @torch.autograd.function.once_differentiable

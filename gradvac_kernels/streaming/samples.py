@@ -22,6 +22,8 @@ from .operations import (
     COLLATING,
     FIRST,
     INDEXING,
+    PACKING,
+    RECURRENT,
     REDUCTIONS,
     RESHAPES,
     VIEWS,
@@ -334,6 +336,10 @@ class Tracker:
             return _interleaved(args, kwargs, deciding, first)
         if name == "setitem":
             return self._written(args)
+        if name in RECURRENT:
+            return _recurrent(name, args, results, deciding)
+        if name in PACKING:
+            return _packed(name, args, results, *deciding[0])
         if name in ("index_add", "index_copy"):
             return self._added(args, kwargs)
         if name == "_grouped_mm" and args[0].dim() == 2 and args[1].dim() == 3:
@@ -613,6 +619,33 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, deciding: Any)
         else:
             places.append(Samples(out.dim() - 1 if from_last == 0 else batch + 1 - from_last, samples.pattern))
     return unified(places)
+
+
+def _recurrent(name: str, args: Any, results: Sequence[torch.Tensor], deciding: Any) -> Sequence[Place]:
+    """A sequence ``[L, B, D]``, ``[B, L, D]`` or packed, and its last states ``[., B, D]``; or one step ``[B, D]``."""
+    (first, _), *states = deciding
+    x, second = args[:2]
+    one_step, packed = name.endswith("_cell"), isinstance(second, torch.Tensor) and not second.is_floating_point()
+    if first is not x or (x.dim() != 3 and not one_step and not packed):
+        raise Loses("is followed with batches in its first argument only")
+    samples = _kept(deciding, x, 0 if one_step or packed or args[-1] else 1)  # args[-1]: batch_first
+    last = samples if one_step else Samples(1, samples.rows[: int(second[0])] if packed else samples.pattern)
+    if not all(place.same(last) for _, place in states):
+        raise Loses("meets samples in different dimensions or orders")
+    return [samples, *[last] * (len(results) - 1)]
+
+
+def _packed(
+    name: str, args: Any, results: Sequence[torch.Tensor], tensor: torch.Tensor, samples: Samples
+) -> Sequence[Place]:
+    """Sequences of falling lengths: of each step, those that are so long; and back."""
+    _only([(tensor, samples)], args[0])
+    dim = 0 if args[2] else 1  # batch_first
+    if name == "_pack_padded_sequence":
+        rows = _kept([(tensor, samples)], tensor, dim).rows
+        return [Samples(0, torch.cat([rows[:count] for count in results[1].tolist()])), None]
+    rows = _kept([(tensor, samples)], tensor, 0).rows[: int(args[1][0])]
+    return [Samples(dim, rows), Samples(0, rows)]
 
 
 def _einsum(tracker: Tracker, args: Any) -> Samples:
