@@ -71,11 +71,11 @@ def check_gradients(found_model, want_model, groups, tolerance=TOLERANCE[torch.f
         assert distance <= tolerance, (name, distance)
 
 
-def check_grams(found, want):
+def check_grams(found, want, tolerance=TOLERANCE[torch.float64]):
     """Relative to the norms of both rows."""
     norms = want.diagonal(dim1=1, dim2=2).sqrt()
     scale = norms[:, :, None] * norms[:, None, :]
-    assert bool(((found - want).abs() <= TOLERANCE[torch.float64] * scale).all())
+    assert bool(((found - want).abs() <= tolerance * scale).all())
 
 
 def hooks(model):

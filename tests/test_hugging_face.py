@@ -3,7 +3,7 @@
 import pytest
 import streamed
 import torch
-from streamed import check_gradients, check_steps, draw_tasks, one_backward_a_task, one_batch, two
+from streamed import check_gradients, check_grams, check_steps, draw_tasks, one_backward_a_task, one_batch, two
 from torch.nn import functional as F
 
 GRANULARITIES = ["all_layer", "all_matrix", "whole_model"]
@@ -91,6 +91,7 @@ SIZES = {
     **{"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "layer_norm_eps": 1e-5},
     **{"encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 24, "encoder_layerdrop": 0.0},
     **{"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "decoder_layerdrop": 0.0},
+    **{"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8},
     **{"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2},
     **{"dropout": 0.0, "dropout_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     **{"attention_dropout": 0.0, "hidden_dropout": 0.0, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -140,6 +141,7 @@ def test_models_of_text(name):
     want = one_backward_a_task(buffered, by_task, token_losses, inputs, task_of_sample)
     found = one_batch(batched, by_batch, token_losses, inputs, task_of_sample)
     check_gradients(batched, buffered, by_task.groups, 1e-6)
+    check_grams(found.gram, want.gram, 1e-6)
     assert torch.equal(found.corrected, want.corrected)
 
 

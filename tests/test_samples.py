@@ -73,6 +73,8 @@ KEEPING = {
     "unbind": lambda x: x.unbind(1)[2],
     "cat": lambda x: torch.cat([x, x * 2], 1),
     "cat samples": lambda x: torch.cat([x[:2], x], 0),
+    "sample by sample": lambda x: torch.stack([nn.GRU(D, 4)(one)[0].mean(0) for one in x], 1),
+    "of one sample": lambda x: x[1].softmax(0) @ x[1].T,
     "stack": lambda x: torch.stack([x, x], 1) + torch.stack([x, x], -1).movedim(-1, 1),
     "expand": lambda x: x[:, :1].expand(-1, 5, -1),
     "repeat": lambda x: x.repeat(2, 1, 1),
@@ -93,6 +95,7 @@ KEEPING = {
     "einsum": lambda x: torch.einsum("bld,bmd->blm", x, x),
     "einsum with dots": lambda x: torch.einsum("...ld,...d->l...", x, x[:, 0]),
     "einsum with dots behind": lambda x: torch.einsum("bl...,l->...b", x, random(L)),
+    "einsum of one with many": lambda x: torch.einsum("...d,...d->...d", x[2:3, 0], random(5, D)),
     "einsum without an arrow": lambda x: torch.einsum("ld,bld", random(L, D), x),
     "linear": lambda x: F.linear(x, random(5, D), random(5)),
     "attention": lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], MASK[:, None, None]),
@@ -101,6 +104,9 @@ KEEPING = {
     "recurrent of second": lambda x: nn.GRU(D, 4)(x.transpose(0, 1), x[None, :, 0, :4].contiguous())[0],
     "last states": lambda x: nn.LSTM(D, 4, 2)(x.transpose(0, 1))[1][1],
     "one step": lambda x: nn.GRUCell(D, 4)(x[:, 0], nn.LSTMCell(D, 4)(x[:, 1])[1]),
+    "states of constants": lambda x: nn.GRU(D, D, batch_first=True)(random(B, L, D), x[None, :, 0].contiguous())[0],
+    "states of what has none": lambda x: nn.LSTM(D, D)(torch.zeros(2, B, D), (x[None, :, 0], x[None, :, 1]))[0],
+    "steps from a state": lambda x: nn.GRUCell(D, D)(torch.zeros(B, D), x[:, 0]),
     "packed sequences": lambda x: packed(x)[0].data,
     "packed, last states": lambda x: packed(x)[1],
     "packed and back": lambda x: nn.utils.rnn.pad_packed_sequence(packed(x)[0], total_length=L)[0],
@@ -160,8 +166,9 @@ def _set_in_parts(x):
 
 def _put_back(x):
     out = torch.zeros(B, L, D)
-    for chosen in (ORDER[:0], ORDER[1:3], ORDER[:1], ORDER[1:]):
-        out[chosen] += x[chosen] * 2
+    for chosen in (ORDER[:0], ORDER[:1], ORDER[1:3], ORDER[1:]):
+        part = x[None, chosen].reshape(-1, L, D).unflatten(-1, (2, -1)).softmax(-1).flatten(-2)
+        out[chosen] += torch.cat(part.chunk(2, -1), -1)
     return out
 
 
@@ -195,6 +202,11 @@ LOSING = {
     "weight of samples": lambda x: F.linear(x[:, 0], x[:, 1]),
     "written to other samples": lambda x: _written_to_others(x),
     "seen before it was written": lambda x: _seen_before(x),
+    "written across dimensions": lambda x: _written_across(x, lambda out: out.view(B, B + 1, D)[:, :B]),
+    "written across windows": lambda x: _written_across(
+        x, lambda out: out.view(-1).unfold(0, B * D, B * D + D).view(-1, B, D)
+    ),
+    "nothing written": lambda x: _written_across(x[:0], lambda out: out[2:2, 0]),
     "written across": lambda x: _written_at(x, 1),
     "written from another on": lambda x: _written_at(x, 2 * D),
     "put elsewhere": lambda x: torch.zeros(B, L, D).index_add_(0, ORDER[:2], x[ORDER[2:]]),
@@ -203,6 +215,8 @@ LOSING = {
     "attention over samples": lambda x: F.scaled_dot_product_attention(x.transpose(0, 1), *[x.transpose(0, 1)] * 2),
     "recurrent over samples": lambda x: nn.LSTM(D, 4)(x)[0],
     "one sequence of samples": lambda x: nn.GRU(D, 4)(x[:, 0])[0],
+    "packed otherwise": lambda x: _packed_otherwise(x),
+    "by name": lambda x: _gru(x, batch_first=True),
     "states of others": lambda x: nn.RNN(D, D)(x.transpose(0, 1), x[None, ORDER, 0])[0],
     "linear over samples": lambda x: F.linear(x.movedim(0, -1), random(5, B)),
     "sorted": lambda x: x.sort(0).values,
@@ -225,6 +239,23 @@ def _seen_before(x):
     before = out[:, 0]
     out[:, 0].copy_(x[:, 1])
     return before
+
+
+def _written_across(x, view):
+    out = torch.zeros(B + 1, B, D)
+    part = view(out)
+    part.copy_(x[: len(part), 0].expand(part.shape))
+    return out
+
+
+def _gru(x, **last):
+    return torch.gru(x, x[None, :, 0].contiguous(), nn.GRU(D, D).all_weights[0], True, 1, 0.0, True, False, **last)[0]
+
+
+def _packed_otherwise(x):
+    sequences = packed(x)[0]
+    data = x.flatten(0, 1)[: len(sequences.data)]  # sample by sample, not step by step
+    return nn.utils.rnn.pad_packed_sequence(sequences._replace(data=data), batch_first=True)[0]
 
 
 def _written_at(x, offset):

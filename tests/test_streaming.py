@@ -747,6 +747,25 @@ def test_mixing_within_a_task_is_exact():
     check_gradients(model, buffered, by_task.groups)
 
 
+def test_what_the_model_makes_is_not_placed_by_its_size():
+    """Four different values of four samples, and as many experts: sizes say nothing."""
+    values, weight = nn.Embedding(9, 4), nn.Parameter(torch.ones(4, 4))
+    ids = torch.tensor([5, 3, 8, 1])
+
+    def of_values(model, inputs):
+        different, which = ids.unique(return_inverse=True)
+        return values(different)[which].square().mean(1)
+
+    def of_experts(model, inputs):
+        busy = (ids % 4).bincount(minlength=4) > 0
+        return (values(ids) + busy[:, None] * weight).square().mean(1)
+
+    for losses_of, name in ((of_values, "unique"), (of_experts, "bincount")):
+        tasks = gvk.TaskGradients(nn.ModuleList([values, nn.ParameterList([weight])]), named(2))
+        with pytest.raises(ValueError, match=name):
+            one_batch(None, tasks, losses_of, None, torch.tensor([0, 1, 0, 1]))
+
+
 class Doubled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ..groups import gradient_stride
 from . import operations, rules, samples
 from .operations import name_of, tensors_in
-from .samples import Lost, Samples, Tracker
+from .samples import Guessed, Lost, Samples, Tracker
 from .sinks import Sink
 from .slab import Part, Target
 from .task_rows import TaskRows
@@ -143,9 +143,10 @@ class Capture(TorchFunctionMode):
         """The operands that depend on samples; those with a gradient, if there are any."""
         known = [(operand, place) for operand in operands if (place := self.tracker.of(operand)) is not None]
         deciding = [pair for pair in known if pair[0].requires_grad] or known
-        for _, place in deciding:
-            if isinstance(place, Lost):
-                raise self._error(operands, place.reason)
+        unknown = [place for _, place in deciding if isinstance(place, (Lost, Guessed))]
+        if any(isinstance(place, Lost) for place in unknown) or len(unknown) == len(deciding) > 0:
+            reason = next((place.reason for place in unknown if isinstance(place, Lost)), unknown[0].reason)
+            raise self._error(operands, reason)
         return deciding  # type: ignore[return-value]
 
     def place_for_parameters(self, out: torch.Tensor, name: str) -> Samples:
@@ -393,7 +394,7 @@ def _numbers(index: Any) -> Any:
 
 def _where_it_matters(known: list[tuple[torch.Tensor, samples.Place]]) -> list[tuple[torch.Tensor, samples.Place]]:
     """Of an operation in place: where samples are in a constant that gets a gradient now does not matter."""
-    if not known or not isinstance(known[0][1], Lost) or known[0][0].requires_grad:
+    if not known or not isinstance(known[0][1], (Lost, Guessed)) or known[0][0].requires_grad:
         return known
     return [(known[0][0], None), *known[1:]] if any(operand.requires_grad for operand, _ in known) else known
 

@@ -137,6 +137,7 @@ FIRST |= {
 
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 PACKING = {"_pack_padded_sequence", "_pad_packed_sequence"}
+WRITING = {"setitem", "index_add", "index_copy"}
 COLLATING = {"stack", "cat"}
 
 KNOWN = {*SAME, *RESHAPES, *VIEWS, *INDEXING, *REDUCTIONS, *ALONG, *FIRST}

@@ -27,6 +27,7 @@ from .operations import (
     REDUCTIONS,
     RESHAPES,
     VIEWS,
+    WRITING,
     is_in_place,
     is_pointwise,
     tensors_in,
@@ -81,7 +82,17 @@ class Samples:
             return True
         if self.dim == other.dim and len(self.rows) == len(other.rows):
             return torch.equal(self.rows, other.rows)
-        return self.pattern.uniform and other.pattern.uniform and bool((self.rows[:1] == other.rows[:1]).all())
+        if not len(self.rows) or not len(other.rows):
+            return False
+        return self.pattern.uniform and other.pattern.uniform and bool(self.rows[0] == other.rows[0])
+
+
+class Guessed(Samples):
+    """Of a constant that the model made in a way that is not followed: not enough to meet a parameter alone."""
+
+    def __init__(self, dim: int, pattern: Pattern, reason: str) -> None:
+        super().__init__(dim, pattern)
+        self.reason = reason
 
 
 class Lost:
@@ -118,8 +129,8 @@ class Tracker:
         """Where the samples lie in ``tensor``."""
         noted = getattr(tensor, "_gradvac_place", None)
         if noted is not None and noted[0] is self:
-            base = tensor._base if noted[1] is None and tensor.requires_grad else None
-            written = base is not None and self.of(base) is not None
+            base = tensor._base if noted[1] is None or isinstance(noted[1], Guessed) else None
+            written = base is not None and tensor.requires_grad and self.has_noted(base) and self.of(base) is not None
             return Lost("its memory was written to by other views of it") if written else noted[1]
         if id(tensor) in self._own:
             return None
@@ -150,6 +161,7 @@ class Tracker:
             if tensor is not None and self.has_noted(tensor):
                 del tensor._gradvac_place  # type: ignore[attr-defined]
         self._noted.clear()
+        self._seen.clear()
 
     def has_noted(self, tensor: torch.Tensor) -> bool:
         """The place of ``tensor`` is not a guess from outside."""
@@ -203,25 +215,43 @@ class Tracker:
             return [None] * len(results)
         # What is constant has no gradient to mix: where something else is not, that alone decides.
         deciding = [pair for pair in dependent if pair[0].requires_grad] or dependent
+        if name in INDEXING and isinstance(known[0][1], Samples):
+            deciding = known[:1]
         lost = next((place for _, place in deciding if isinstance(place, Lost)), None)
-        if lost is None:
-            try:
-                self._check_broadcast(name, dependent, deciding, results[0])
-                place = self._rule(name, function, args, kwargs, out, results, deciding)
-            except Loses as loses:
-                place = Lost(f"{name} {loses}")
-            except (TypeError, IndexError, AttributeError, KeyError, RuntimeError):
-                place = Lost(f"{name} is called in a way that is not followed")
-        else:
-            place = lost
+        try:
+            self._check_broadcast(name, dependent, deciding, results[0])
+            place = lost or self._followed(name, function, args, kwargs, out, results, deciding)
+        except Loses as loses:
+            place = Lost(f"{name} {loses}")
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
+        return [self._settled(result, where, deciding) for result, where in zip(results, places)]
+
+    def _followed(self, name, function, args, kwargs, out, results, deciding) -> Any:  # type: ignore[no-untyped-def]
+        try:
+            place = self._rule(name, function, args, kwargs, out, results, deciding)
+        except Loses as loses:
+            place = Lost(f"{name} {loses}")
+        except (TypeError, IndexError, AttributeError, KeyError, ValueError, RuntimeError):
+            place = Lost(f"{name} is called in a way that is not followed")
+        if not isinstance(place, Lost) or name in WRITING:
+            return place
+        first, *others = [samples for _, samples in deciding]
+        of_one_task = first.pattern.uniform and all(first.same(other) for other in others)
+        return Samples(0, first.rows[:1]) if of_one_task and len(first.rows) else place
+
+    def _settled(self, result: torch.Tensor, place: Place, deciding: Sequence[tuple[torch.Tensor, Place]]) -> Place:
+        if isinstance(place, Samples) and place.dim >= result.dim():
+            place = Lost("a single element is left")
+        if isinstance(place, Samples) and len(place.rows) != result.shape[place.dim]:
+            one = len(place.rows) == 1  # broadcast
+            place = Samples(place.dim, place.rows.expand(result.shape[place.dim])) if one else Lost("its size changed")
+        if isinstance(place, Samples):
+            guess = deciding[0][1]  # the others are guessed too, or it was not alone
+            guessed = isinstance(guess, Guessed) and all(isinstance(where, Guessed) for _, where in deciding)
+            return Guessed(place.dim, place.pattern, guess.reason) if guessed else place  # type: ignore[union-attr]
         # A constant that no rule places is as one that comes from outside.
-        return [
-            (self._by_size(result, alone=True) or where)
-            if isinstance(where, Lost) and not result.requires_grad
-            else where
-            for result, where in zip(results, places)
-        ]
+        guess = self._by_size(result, alone=True) if isinstance(place, Lost) and not result.requires_grad else None
+        return Guessed(guess.dim, guess.pattern, place.reason) if guess and isinstance(place, Lost) else place
 
     def _check_broadcast(self, name, dependent, deciding, out) -> None:  # type: ignore[no-untyped-def]
         """A constant of more dimensions than what has a gradient knows better where the samples are."""
@@ -310,7 +340,7 @@ class Tracker:
                 raise Loses("works across the samples")
             return aligned(deciding, first.shape)
         if name == "einsum":
-            return _einsum(self, args)
+            return _einsum(args, deciding)
         if name in ("embedding", "one_hot", "prelu"):
             _only(deciding, args[int(function is torch.embedding)])
             return deciding[0][1]
@@ -326,6 +356,8 @@ class Tracker:
             return self._joined(args, kwargs, first, deciding)
         if name == "stack":
             dim = _argument(args, kwargs, 1, "dim", 0) % first.dim()
+            if len(deciding) == first.shape[dim] and all(samples.pattern.uniform for _, samples in deciding):
+                return Samples(dim, torch.cat([samples.rows[:1] for _, samples in deciding]))
             return unified(Samples(samples.dim + (samples.dim >= dim), samples.pattern) for _, samples in deciding)
         if name in ("repeat", "tile", "expand", "expand_as", "broadcast_to"):
             tensor, samples = deciding[0]
@@ -337,7 +369,7 @@ class Tracker:
         if name == "setitem":
             return self._written(args)
         if name in RECURRENT:
-            return _recurrent(name, args, results, deciding)
+            return self._recurrent(name, args, kwargs, results)
         if name in PACKING:
             return _packed(name, args, results, *deciding[0])
         if name in ("index_add", "index_copy"):
@@ -420,11 +452,13 @@ class Tracker:
         return Samples(len(before) + found.dim, found.pattern)
 
     def _joined(self, args: Any, kwargs: Any, out: torch.Tensor, deciding: Any) -> Place:
-        parts = [part for part in _argument(args, kwargs, 0, "tensors", ()) if part.numel()]
+        given = _argument(args, kwargs, 0, "tensors", ())
+        parts = [part for part in given if part.numel()] or given
         dim = _argument(args, kwargs, 1, "dim", 0) % out.dim()
         places = [self.of(part) for part in parts]
         if all(isinstance(place, Samples) and place.dim == dim for place in places):
             return Samples(dim, torch.cat([place.rows for place in places]))  # type: ignore[union-attr]
+        deciding = [pair for pair in deciding if pair[0].numel()] or deciding
         if any(samples.dim == dim for _, samples in deciding):
             raise Loses("puts samples beside what is not one")
         return unified(samples for _, samples in deciding)
@@ -447,15 +481,38 @@ class Tracker:
 
         return self._put(tensor, source, source.shape, part_of)
 
+    def _recurrent(self, name: str, args: Any, kwargs: Any, results: Sequence[torch.Tensor]) -> Sequence[Place]:
+        """A sequence ``[L, B, D]``, ``[B, L, D]`` or packed, and states ``[., B, D]``; or one step and ``[B, D]``."""
+        x, second = args[:2]
+        one_step, packed = name.endswith("_cell"), isinstance(second, torch.Tensor) and not second.is_floating_point()
+        if kwargs or (x.dim() != 2 if one_step or packed else x.dim() != 3):
+            raise Loses("is followed with a batch, and by position, only")
+        in_x, in_state = 0 if one_step or packed or args[-1] else 1, 0 if one_step else 1  # args[-1]: batch_first
+        samples, state = self.of(x), None
+        if isinstance(samples, Samples):
+            _kept([(x, samples)], x, in_x)
+            state = Samples(in_state, _of_first_step(samples, second) if packed else samples.pattern)
+        for tensor in tensors_in((args[2] if packed else second,)):
+            place = self.of(tensor)
+            if isinstance(place, Samples):  # what is lost is constant, or it would not have come here
+                state = state or place
+                if not state.same(_kept([(tensor, place)], tensor, in_state)):
+                    raise Loses("meets samples in different dimensions or orders")
+        if state is None or (packed and not isinstance(samples, Samples)):
+            raise Loses("has no samples that are followed")
+        out = samples if isinstance(samples, Samples) else Samples(in_x, state.pattern)
+        return [out, *[state] * (len(results) - 1)]
+
     def _put(self, tensor: Any, value: Any, shape: torch.Size, part_of: Callable[[Samples], Place]) -> Place:
         """Where the samples lie in a tensor after a part of it was written."""
         place, its = self.of(tensor), self.of(value) if isinstance(value, torch.Tensor) else None
-        written = aligned([(value, its)], shape) if isinstance(its, Samples) and value.requires_grad else None
+        counts = its is not None and (value.requires_grad or not torch.is_grad_enabled())  # else it is a constant
+        written = aligned([(value, its)], shape) if counts and isinstance(its, Samples) else None
         if place is None and written is not None:
             place = _taken_from(written, tensor.shape)  # what is not written yet is of no sample, so of any
         if not isinstance(place, Samples):
             raise Loses("writes samples among what is not one")
-        if its is not None and value.requires_grad:
+        if counts:
             part = part_of(place)
             if written is None or not isinstance(part, Samples) or not part.same(written):
                 raise Loses("writes samples over others")
@@ -529,15 +586,19 @@ def _of_view(shadow: torch.Tensor, samples: Samples) -> Place:
 
 def _of_base(base: torch.Tensor, view: torch.Tensor, samples: Samples) -> Place:
     """Where samples that were written to a view of it lie in ``base``, in which there were none: all, or lost."""
-    if samples.pattern.uniform and base.dim():
-        return Samples(0, samples.rows[:1].expand(base.shape[0]))
+    if not view.numel():
+        return Lost("nothing was written into it")
     size, stride = view.shape[samples.dim], view.stride(samples.dim)
     dims = [d for d in range(base.dim()) if (base.shape[d], base.stride(d)) == (size, stride)]
+    others = [(n - 1, step) for d, (n, step) in enumerate(zip(view.shape, view.stride())) if n > 1 and d != samples.dim]
+    within = sum(most * step for most, step in others if step < stride)
+    across = any(step >= stride and step % (size * stride) for _, step in others)
     begin = int(view.storage_offset()) - int(base.storage_offset())
-    inner = sum((n - 1) * step for n, step in zip(view.shape, view.stride()) if step < stride)
-    if len(dims) != 1 or not base.is_contiguous() or begin % (size * stride) + inner >= stride:
-        return Lost("samples were written into a part of it")
-    return Samples(dims[0], samples.pattern)
+    if len(dims) == 1 and base.is_contiguous() and begin % (size * stride) + within < stride and not across:
+        return Samples(dims[0], samples.pattern)
+    if samples.pattern.uniform and base.dim():
+        return Samples(0, samples.rows[:1].expand(base.shape[0]))
+    return Lost("samples were written into a part of it")
 
 
 def _taken_from(part: Samples, shape: torch.Size) -> Samples | None:
@@ -560,27 +621,29 @@ def _of_values(shadow: torch.Tensor, shape: torch.Size, of: Pattern) -> Place:
     return Lost("an index spread the samples over several dimensions")
 
 
-def _of_nothing(shape: torch.Size, of: Pattern) -> Samples:
+def _of_nothing(shape: torch.Size, pattern: Pattern) -> Samples:
     """No samples, as an expert has them that no token was sent to."""
-    return Samples(shape.index(0), Pattern(of.rows[:0], of))
+    return Samples(shape.index(0), Pattern(pattern.rows[:0], pattern if len(pattern.rows) else pattern.of))
 
 
 def _reshaped(samples: Samples, before: torch.Size, after: torch.Size) -> Place:
     if not after:
         return Lost("it was reshaped to a single element")
+    size, inner = len(samples.rows), math.prod(before[samples.dim + 1 :])
+    for dim, length in enumerate(after):
+        if (length, math.prod(after[dim + 1 :])) == (size, inner):
+            return Samples(dim, samples.pattern)
     if 0 in after:
         return _of_nothing(after, samples.pattern)
     if samples.pattern.uniform:
-        return Samples(0, samples.rows[:1].expand(after[0]))
-    size, inner = len(samples.rows), math.prod(before[samples.dim + 1 :])
+        return Samples(0, Pattern(samples.rows[:1].expand(after[0]), samples.pattern.of))
     # The row of element e is rows[(e // inner) % size]: it stays for `block` elements and repeats after `period`.
     block, period = inner * samples.pattern.run, inner * samples.pattern.period
     for dim, length in enumerate(after):
         step = math.prod(after[dim + 1 :])
         if block % step == 0 and (step * length) % period == 0:
             elements = torch.arange(length) * step
-            unchanged = (step, length) == (inner, size)
-            return Samples(dim, samples.pattern if unchanged else samples.rows[(elements // inner) % size])
+            return Samples(dim, samples.rows[(elements // inner) % size])
     return Lost("a reshape spread the samples over two dimensions, or put them together with another one")
 
 
@@ -621,18 +684,12 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, deciding: Any)
     return unified(places)
 
 
-def _recurrent(name: str, args: Any, results: Sequence[torch.Tensor], deciding: Any) -> Sequence[Place]:
-    """A sequence ``[L, B, D]``, ``[B, L, D]`` or packed, and its last states ``[., B, D]``; or one step ``[B, D]``."""
-    (first, _), *states = deciding
-    x, second = args[:2]
-    one_step, packed = name.endswith("_cell"), isinstance(second, torch.Tensor) and not second.is_floating_point()
-    if first is not x or (x.dim() != 3 and not one_step and not packed):
-        raise Loses("is followed with batches in its first argument only")
-    samples = _kept(deciding, x, 0 if one_step or packed or args[-1] else 1)  # args[-1]: batch_first
-    last = samples if one_step else Samples(1, samples.rows[: int(second[0])] if packed else samples.pattern)
-    if not all(place.same(last) for _, place in states):
-        raise Loses("meets samples in different dimensions or orders")
-    return [samples, *[last] * (len(results) - 1)]
+def _of_first_step(samples: Samples, counts: torch.Tensor) -> Pattern:
+    """Of packed sequences: ``counts`` says how many there are in each step, the first of those of the step before."""
+    rows = samples.rows[: int(counts[0])]
+    if not torch.equal(samples.rows, torch.cat([rows[:count] for count in counts.tolist()])):
+        raise Loses("expects packed sequences")
+    return Pattern(rows)
 
 
 def _packed(
@@ -644,11 +701,11 @@ def _packed(
     if name == "_pack_padded_sequence":
         rows = _kept([(tensor, samples)], tensor, dim).rows
         return [Samples(0, torch.cat([rows[:count] for count in results[1].tolist()])), None]
-    rows = _kept([(tensor, samples)], tensor, 0).rows[: int(args[1][0])]
-    return [Samples(dim, rows), Samples(0, rows)]
+    pattern = _of_first_step(_kept([(tensor, samples)], tensor, 0), args[1])
+    return [Samples(dim, pattern), Samples(0, pattern)]
 
 
-def _einsum(tracker: Tracker, args: Any) -> Samples:
+def _einsum(args: Any, deciding: Any) -> Samples:
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
@@ -657,8 +714,8 @@ def _einsum(tracker: Tracker, args: Any) -> Samples:
     inputs, output = _letters(equation.replace(" ", ""), [operand.dim() for operand in operands])
     places = []
     for letters, operand in zip(inputs, operands):
-        place = tracker.of(operand)
-        if isinstance(place, Samples) and (operand.requires_grad or not any(o.requires_grad for o in operands)):
+        place = next((samples for tensor, samples in deciding if tensor is operand), None)
+        if place is not None:
             if letters[place.dim] not in output:
                 raise Loses("works across the samples")
             places.append(Samples(output.index(letters[place.dim]), place.pattern))
