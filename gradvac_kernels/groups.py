@@ -164,7 +164,7 @@ def trainable(model: torch.nn.Module) -> Iterable[tuple[str, torch.nn.Parameter]
 
 def gradient_stride(parameter: torch.Tensor) -> tuple[int, ...]:
     """The strides that autograd gives to a parameter's gradient: its own where it is dense."""
-    return torch.empty_like(parameter, device="meta").stride()
+    return parameter.stride() if parameter.is_contiguous() else torch.empty_like(parameter, device="meta").stride()
 
 
 def _group_names(granularity: Granularity) -> Callable[[str], str]:

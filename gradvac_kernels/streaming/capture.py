@@ -181,22 +181,21 @@ class Capture(TorchFunctionMode):
         wanted = [parameter if self.shared(parameter) else None for parameter in parameters]
         if not torch.is_grad_enabled() or not any(parameter is not None for parameter in wanted):
             return out
-        for parameter in wanted:
+        parts = [None if parameter is None else self._part(parameter) for parameter in wanted]
+        for parameter, part in zip(wanted, parts):
             if parameter is not None:
-                self._announce(parameter, looked_up)
+                self._announce(parameter, part, looked_up)
         expanded = any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride()))
         if out._is_view() and not expanded:
             out = torch.ops.aten._unsafe_view(out, out.shape)  # a view cannot be marked, and this one is nobody's
-        parts = [None if parameter is None else self._part(parameter) for parameter in wanted]
         delivery = functools.partial(self.deliver, place, grads, wanted, parts)
         present = [parameter for parameter in wanted if parameter is not None]
         out = _Tap.apply(out, delivery, [tensor.detach() for tensor in saved], not expanded, *present)
         self.tracker.note(out, place)
         return out
 
-    def _announce(self, value: torch.Tensor, looked_up: torch.Tensor | None) -> None:
+    def _announce(self, value: torch.Tensor, part: Part | None, looked_up: torch.Tensor | None) -> None:
         """What of its parameters a use will need."""
-        part = self._part(value)
         if part is None:
             for index in self._made_of(value):
                 self._sink.announce(index, None)
@@ -247,10 +246,8 @@ class Capture(TorchFunctionMode):
                 if part is not None:
                     rows[row] += part.to_dense() if part.is_sparse else part
 
-    def _part(self, value: torch.Tensor | None) -> Part | None:
+    def _part(self, value: torch.Tensor) -> Part | None:
         """None where it is not a parameter or a view of one."""
-        if value is None:
-            return None
         parameter = value if value.is_leaf else value._base
         index = self._index.get(id(parameter))
         if index is None or parameter is None or value.dtype != parameter.dtype:

@@ -44,6 +44,7 @@ class Pattern:
 
     def __init__(self, rows: torch.Tensor, of: Pattern | None = None) -> None:
         self.rows = rows
+        self.size = int(rows.shape[0])
         self.of = of
 
     @functools.cached_property
@@ -55,12 +56,12 @@ class Pattern:
     def run(self) -> int:
         """The largest number such that every ``run`` consecutive indices, from 0 on, are of one task."""
         changes = (self.rows[1:] != self.rows[:-1]).nonzero().flatten() + 1
-        return math.gcd(len(self.rows), *changes.tolist())
+        return math.gcd(self.size, *changes.tolist())
 
     @functools.cached_property
     def period(self) -> int:
         """The smallest divisor of the size after which the tasks repeat."""
-        n = len(self.rows)
+        n = self.size
         divisors = sorted({d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i)})
         return next((d for d in divisors if torch.equal(self.rows[d:], self.rows[: n - d])), n)
 
@@ -77,12 +78,17 @@ class Samples:
         """``[size of dim]`` int64, on the CPU."""
         return self.pattern.rows
 
+    @property
+    def size(self) -> int:
+        """Of ``dim``."""
+        return self.pattern.size
+
     def same(self, other: Samples) -> bool:
         if self.dim == other.dim and self.pattern is other.pattern:
             return True
-        if self.dim == other.dim and len(self.rows) == len(other.rows):
+        if self.dim == other.dim and self.size == other.size:
             return torch.equal(self.rows, other.rows)
-        if not len(self.rows) or not len(other.rows):
+        if not self.size or not other.size:
             return False
         return self.pattern.uniform and other.pattern.uniform and bool(self.rows[0] == other.rows[0])
 
@@ -237,13 +243,13 @@ class Tracker:
             return place
         first, *others = [samples for _, samples in deciding]
         of_one_task = first.pattern.uniform and all(first.same(other) for other in others)
-        return Samples(0, first.rows[:1]) if of_one_task and len(first.rows) else place
+        return Samples(0, first.rows[:1]) if of_one_task and first.size else place
 
     def _settled(self, result: torch.Tensor, place: Place, deciding: Sequence[tuple[torch.Tensor, Place]]) -> Place:
         if isinstance(place, Samples) and place.dim >= result.dim():
             place = Lost("a single element is left")
-        if isinstance(place, Samples) and len(place.rows) != result.shape[place.dim]:
-            one = len(place.rows) == 1  # broadcast
+        if isinstance(place, Samples) and place.size != result.shape[place.dim]:
+            one = place.size == 1  # broadcast
             place = Samples(place.dim, place.rows.expand(result.shape[place.dim])) if one else Lost("its size changed")
         if isinstance(place, Samples):
             guess = deciding[0][1]  # the others are guessed too, or it was not alone
@@ -278,9 +284,9 @@ class Tracker:
 
     def _by_size(self, tensor: torch.Tensor, alone: bool = False) -> Samples | None:
         """As the caller says of what comes from outside; ``alone``: if no other dimension could be meant."""
-        if tensor.dim() <= self.batch_dim or tensor.shape[self.batch_dim] != len(self.rows):
+        if tensor.dim() <= self.batch_dim or tensor.shape[self.batch_dim] != self._outside.size:
             return None
-        if alone and sum(size == len(self.rows) for size in tensor.shape) > 1:
+        if alone and sum(size == self._outside.size for size in tensor.shape) > 1:
             return None
         return Samples(self.batch_dim, self._outside)
 
@@ -362,7 +368,7 @@ class Tracker:
         if name in ("repeat", "tile", "expand", "expand_as", "broadcast_to"):
             tensor, samples = deciding[0]
             dim = samples.dim + first.dim() - tensor.dim()
-            times = first.shape[dim] // max(1, len(samples.rows))
+            times = first.shape[dim] // max(1, samples.size)
             return Samples(dim, samples.pattern if times == 1 else samples.rows.repeat(times))
         if name == "repeat_interleave":
             return _interleaved(args, kwargs, deciding, first)
@@ -528,11 +534,9 @@ def aligned(known: Sequence[tuple[torch.Tensor, Samples]], shape: torch.Size) ->
     places = []
     for tensor, samples in known:
         dim = samples.dim + len(shape) - tensor.dim()
-        if dim < 0 or len(samples.rows) not in (1, shape[dim]):
+        if dim < 0 or samples.size not in (1, shape[dim]):
             raise Loses("changes the number of samples")
-        places.append(
-            Samples(dim, samples.pattern if len(samples.rows) == shape[dim] else samples.rows.expand(shape[dim]))
-        )
+        places.append(Samples(dim, samples.pattern if samples.size == shape[dim] else samples.rows.expand(shape[dim])))
     return unified(places)
 
 
@@ -580,7 +584,7 @@ def _of_view(shadow: torch.Tensor, samples: Samples) -> Place:
     dim = moving[0] if moving else 0
     line = shadow.as_strided(shadow.shape[dim : dim + 1], shadow.stride()[dim : dim + 1])  # also of an empty view
     rows = samples.rows
-    same = len(line) == len(rows) and line.data_ptr() == rows.data_ptr() and line.stride() == rows.stride()
+    same = len(line) == samples.size and line.data_ptr() == rows.data_ptr() and line.stride() == rows.stride()
     return Samples(dim, samples.pattern if same else line)
 
 
@@ -604,7 +608,7 @@ def _of_base(base: torch.Tensor, view: torch.Tensor, samples: Samples) -> Place:
 def _taken_from(part: Samples, shape: torch.Size) -> Samples | None:
     """Where they lie in a tensor of this shape, if an index took them from one with as many there."""
     of = part.pattern.of
-    return Samples(part.dim, of) if of and part.dim < len(shape) and shape[part.dim] == len(of.rows) else None
+    return Samples(part.dim, of) if of and part.dim < len(shape) and shape[part.dim] == of.size else None
 
 
 def _of_values(shadow: torch.Tensor, shape: torch.Size, of: Pattern) -> Place:
@@ -623,13 +627,13 @@ def _of_values(shadow: torch.Tensor, shape: torch.Size, of: Pattern) -> Place:
 
 def _of_nothing(shape: torch.Size, pattern: Pattern) -> Samples:
     """No samples, as an expert has them that no token was sent to."""
-    return Samples(shape.index(0), Pattern(pattern.rows[:0], pattern if len(pattern.rows) else pattern.of))
+    return Samples(shape.index(0), Pattern(pattern.rows[:0], pattern if pattern.size else pattern.of))
 
 
 def _reshaped(samples: Samples, before: torch.Size, after: torch.Size) -> Place:
     if not after:
         return Lost("it was reshaped to a single element")
-    size, inner = len(samples.rows), math.prod(before[samples.dim + 1 :])
+    size, inner = samples.size, math.prod(before[samples.dim + 1 :])
     for dim, length in enumerate(after):
         if (length, math.prod(after[dim + 1 :])) == (size, inner):
             return Samples(dim, samples.pattern)
@@ -663,7 +667,7 @@ def _reduced(args: Any, kwargs: Any, deciding: Any, out: torch.Tensor, position:
 
 def _kept(deciding: Any, out: torch.Tensor, dim: int) -> Samples:
     (tensor, samples), *_ = deciding
-    if samples.dim != dim or out.dim() <= dim or out.shape[dim] != len(samples.rows):
+    if samples.dim != dim or out.dim() <= dim or out.shape[dim] != samples.size:
         raise Loses(f"expects the samples in dimension {dim} of {list(tensor.shape)}")
     return samples
 
