@@ -423,7 +423,8 @@ def test_training_is_that_on_the_cpu():
 
 
 @pytest.mark.parametrize("granularity", ["all_layer", "all_matrix", "whole_model"])
-def test_one_mixed_batch_is_one_backward_a_task(granularity):
+def test_one_mixed_batch_is_one_backward_a_task(granularity, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which recurrent layers would use
     streamed.check_steps(
         streamed.towers(), streamed.tower_losses, streamed.tower_inputs, 5, granularity=granularity, device=GPU
     )
@@ -431,6 +432,10 @@ def test_one_mixed_batch_is_one_backward_a_task(granularity):
         f(True) for f in (streamed.tied_transformer, streamed.tied_losses, streamed.tied_inputs)
     )
     streamed.check_steps(model, losses_of, inputs_of, 5, granularity=granularity, device=GPU)
+    for model in (streamed.recurrent(), streamed.experts("index_add"), streamed.experts("setitem")):
+        streamed.check_steps(
+            model, streamed.sequence_losses, streamed.sequence_inputs, 5, granularity=granularity, device=GPU
+        )
 
 
 @pytest.mark.skipif(not (dist.is_available() and dist.is_nccl_available()), reason="no NCCL")

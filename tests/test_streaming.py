@@ -53,77 +53,10 @@ def test_torch_s_transformer_with_tied_weights(granularity, steps, batch_first):
     )
 
 
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.gru = nn.GRU(6, 4, 2, bidirectional=True)
-        self.lstm = nn.LSTM(8, 8, batch_first=True)
-        self.cell, self.head = nn.LSTMCell(8, 4), nn.Linear(8, 4)
-
-    def forward(self, x, lengths):
-        x, states = self.gru(x.transpose(0, 1))
-        state = states[:2].transpose(0, 1).flatten(1)[None]
-        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
-        packed, (last, _) = self.lstm(packed, (state, torch.zeros_like(state)))
-        x, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
-        return self.head(x[:, 0].relu() + last[0]) + self.cell(x[:, 1])[1]
-
-
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_recurrent_layers(granularity):
     """One vector-Jacobian product a task, of each result that is used."""
-    torch.manual_seed(0)
-
-    def inputs_of(num_samples, generator):
-        lengths = torch.randint(2, 6, (num_samples,), generator=generator)
-        return [torch.randn(num_samples, 5, 6, generator=generator), lengths]
-
-    def losses_of(model, inputs):
-        return F.cross_entropy(model(*inputs), inputs[1] % 4, reduction="none")
-
-    check_steps(Recurrent(), losses_of, inputs_of, 5, granularity=granularity)
-
-
-class Experts(nn.Module):
-    """A mixture of four experts, of which the last gets no tokens, in the ways in which they are written."""
-
-    def __init__(self, way):
-        super().__init__()
-        self.way = way
-        self.before, self.gate, self.norm = nn.Linear(6, 8), nn.Linear(8, 4, bias=False), nn.LayerNorm(8)
-        self.up, self.down = nn.Parameter(0.3 * torch.randn(4, 8, 12)), nn.Parameter(0.3 * torch.randn(4, 12, 8))
-        self.bias = nn.Parameter(0.1 * torch.randn(4, 12))
-        self.after = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = self.before(x)
-        tokens = self.norm(x).flatten(0, 1)
-        none = torch.tensor([0.0, 0.0, 0.0, -torch.inf], dtype=x.dtype)
-        shares, chosen = (self.gate(tokens) + none).softmax(-1).topk(2, -1)
-        grouped = self.way == "grouped" and x.dtype == torch.float32  # torch has it in no wider type
-        made = (self.grouped if grouped else self.one_by_one)(tokens, shares, chosen)
-        return self.after(x + made.view_as(x))
-
-    def one_by_one(self, tokens, shares, chosen):
-        made = torch.zeros(tokens.shape, dtype=tokens.dtype)
-        for expert in torch.arange(4).flip(0):
-            which, place = torch.where(chosen == expert)
-            hidden = (tokens[which] @ self.up[expert] + self.bias[expert]).relu()
-            out = hidden @ self.down[expert] * shares[which, place, None]
-            if self.way == "index_add":
-                made.index_add_(0, which, out)
-            else:
-                made[which] += out
-        return made
-
-    def grouped(self, tokens, shares, chosen):
-        experts, order = chosen.flatten().sort()
-        ends = experts.bincount(minlength=4).cumsum(0).int()
-        hidden = (torch._grouped_mm(tokens[order // 2], self.up, ends) + self.bias[experts]).relu()
-        made = torch._grouped_mm(hidden, self.down, ends) * shares.flatten()[order, None]
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order))
-        return made[back].unflatten(0, (-1, 2)).sum(1)
+    check_steps(streamed.recurrent(), streamed.sequence_losses, streamed.sequence_inputs, 5, granularity=granularity)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -131,16 +64,7 @@ class Experts(nn.Module):
 def test_mixtures_of_experts(way, granularity):
     if way == "grouped" and not hasattr(torch, "_grouped_mm"):
         pytest.skip("this torch has no grouped products")
-    torch.manual_seed(0)
-
-    def inputs_of(num_samples, generator):
-        x = torch.randn(num_samples, 5, 6, generator=generator)
-        return [x, torch.randint(4, (num_samples,), generator=generator)]
-
-    def losses_of(model, inputs):
-        return F.cross_entropy(model(inputs[0]).mean(1), inputs[1], reduction="none")
-
-    check_steps(Experts(way), losses_of, inputs_of, 5, granularity=granularity)
+    check_steps(streamed.experts(way), streamed.sequence_losses, streamed.sequence_inputs, 5, granularity=granularity)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
