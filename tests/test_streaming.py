@@ -651,7 +651,8 @@ def test_what_mixes_samples_is_refused():
         (lambda y: y.cumsum(0), "cumsum works across the samples"),
         (lambda y: y + y[[1, 0, 3, 2]], "meets samples in different dimensions or orders"),
         (lambda y: y.view(2, 2, 6).sum(1).repeat(2, 1), "reshape|works across|known"),
-        (lambda y: torch.fft.fft(y, dim=0).real, "is not known to keep samples apart"),
+        (lambda y: torch.fft.fft(y, dim=0).real, "fft works across the samples"),
+        (lambda y: torch.linalg.pinv(y).T, "is not known to keep samples apart"),
     ):
         refused(model, lambda mix=mix: model[1](mix(model[0](x))), name)
 
@@ -671,6 +672,23 @@ def test_mixing_within_a_task_is_exact():
     check_gradients(model, buffered, by_task.groups)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_ids_that_are_made_inside(length):
+    def losses_of(model, inputs):
+        (ids,) = inputs
+        shifted, marked, copied = torch.zeros_like(ids), torch.zeros_like(ids), torch.zeros_like(ids)
+        shifted[:, 1:] = ids[:, :-1]
+        marked[ids > 3] = 1
+        copied[ids < 6] = ids[ids < 6]
+        several = torch.zeros(len(ids), 9, dtype=torch.int64).scatter_(1, ids, 1)
+        lengths = torch.bucketize(ids.cumsum(1), torch.tensor([3, 9]))
+        losses = sum(model(made).mean((1, 2)) for made in (shifted, marked, copied, several, lengths))
+        return losses * (ids[:, 0] % 2 - 0.5)
+
+    torch.manual_seed(0)
+    check_steps(nn.Embedding(9, 4), losses_of, lambda n, g: [torch.randint(9, (n, length), generator=g)], 3)
+
+
 def test_what_the_model_makes_is_not_placed_by_its_size():
     """Four different values of four samples, and as many experts: sizes say nothing."""
     values, weight = nn.Embedding(9, 4), nn.Parameter(torch.ones(4, 4))
@@ -688,6 +706,55 @@ def test_what_the_model_makes_is_not_placed_by_its_size():
         tasks = gvk.TaskGradients(nn.ModuleList([values, nn.ParameterList([weight])]), named(2))
         with pytest.raises(ValueError, match=name):
             one_batch(None, tasks, losses_of, None, torch.tensor([0, 1, 0, 1]))
+
+
+HALF = torch.tensor([0, 1, 0, 1]) == 0  # the samples of the first of two tasks
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda y, x: torch.vstack([y[HALF], x[~HALF]]),
+        lambda y, x: torch.cat([y[HALF], torch.zeros(2, 6)]),
+        lambda y, x: F.pad(y[HALF], (0, 0, 0, 2)),
+        lambda y, x: nn.utils.rnn.pad_sequence([y[0], x[1], x[2], x[3]], True),
+        lambda y, x: torch.stack([y[0], torch.zeros(6), torch.zeros(6), torch.zeros(6)]),
+        lambda y, x: x.index_put((HALF,), y[HALF]),
+        lambda y, x: x.masked_scatter(HALF[:, None], y[HALF]),
+        lambda y, x: torch.slice_scatter(x, y[:1], 0, 0, 1),
+        lambda y, x: F.one_hot(torch.tensor([2, 0]), 4).T.float() @ y[HALF],
+        lambda y, x: y[:1] + x,
+        lambda y, x: torch.cat([y[:1].expand(4, 6), x], 1)[:, 3:9],
+        lambda y, x: torch.einsum("bd,bd->bd", y[:1], x),
+    ],
+)
+def test_samples_of_one_task_beside_others_are_not_all_of_it(put):
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)), torch.randn(4, 6)
+    refused(model, lambda: model[1](put(model[0](x), x)), "batch: expected every value")
+
+
+@pytest.mark.parametrize("write", ["slice", "copy", "rows", "ids"])
+def test_a_part_of_one_task_is_not_the_whole(write):
+    model, x = nn.ModuleList([nn.Embedding(9, 6), nn.Linear(6, 6)]), torch.randn(4, 6)
+    ids = torch.arange(12).view(4, 3) % 9
+
+    def put():
+        out = torch.zeros(4, 6)
+        if write == "slice":
+            out[:1] = model[1](x[:1])
+        elif write == "copy":
+            out[:1].copy_(model[1](x[:1]))
+        elif write == "rows":
+            for i in range(4):
+                out[i] = model[1](x[i]) if i % 2 else x[i]
+        else:
+            out = torch.zeros(4, 3, dtype=torch.int64)
+            for row, its in enumerate(ids):
+                out[row, :2] = its[1:]
+            return model[1](model[0](out))
+        return model[1](out)
+
+    refused(model, put, "batch: expected")
 
 
 class Doubled(torch.autograd.Function):

@@ -145,7 +145,8 @@ class Capture(TorchFunctionMode):
         deciding = [pair for pair in known if pair[0].requires_grad] or known
         unknown = [place for _, place in deciding if isinstance(place, (Lost, Guessed))]
         if any(isinstance(place, Lost) for place in unknown) or len(unknown) == len(deciding) > 0:
-            reason = next((place.reason for place in unknown if isinstance(place, Lost)), unknown[0].reason)
+            guessed = f"{unknown[0].reason}; what the model makes of its inputs can be made before the batch"
+            reason = next((place.reason for place in unknown if isinstance(place, Lost)), guessed)
             raise self._error(operands, reason)
         return deciding  # type: ignore[return-value]
 

@@ -94,6 +94,7 @@ SAME |= {
     "multiply",
     "get data",
 }
+SAME |= {"lshift", "rshift", "ilshift", "irshift"}
 SAME |= {"floor_divide", "bernoulli", "view", "nan_to_num", "lt", "gt", "le", "ge", "copy", "get real", "get imag"}
 RESHAPES = {"reshape", "view_as", "reshape_as", "flatten", "unflatten", "_unsafe_view", "ravel"}
 VIEWS = {
@@ -118,7 +119,9 @@ REDUCTIONS = dict.fromkeys(
 REDUCTIONS |= dict.fromkeys(("all", "any", "prod", "nansum", "nanmean", "median", "var_mean", "std_mean", "aminmax"), 1)
 REDUCTIONS |= {"norm": 2, "linalg_vector_norm": 2, "vector_norm": 2, "count_nonzero": 1}  # where dim stands
 ALONG = {"softmax": 1, "log_softmax": 1, "cumsum": 1, "cumprod": 1, "logcumsumexp": 1, "sort": 1, "argsort": 1}
-ALONG |= {"glu": 1, "topk": 2}
+ALONG |= {"glu": 1, "topk": 2, "cummax": 1, "cummin": 1, "diff": 2, "fft_fft": 2, "fft_rfft": 2, "fft_ifft": 2}
+WITHIN = {*REDUCTIONS, *ALONG, "flip", "roll"}
+"""Names of operations whose result has nothing but what was in their argument."""
 OF_THE_FIRST = {"to", "type_as", "type", "expand_as", "view_as", "reshape_as", "as_tensor", "asarray"}
 """Names of operations that take nothing but type, device or shape from their other arguments."""
 FIRST = {f"{kind}{n}d" for kind in ("conv", "conv_transpose", "max_pool", "avg_pool") for n in (1, 2, 3)}
@@ -129,8 +132,12 @@ FIRST |= {
     "batch_norm",
     "im2col",
     "col2im",
+    "upsample_nearest1d",
     "upsample_nearest2d",
+    "upsample_linear1d",
     "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "stft",
     "pixel_shuffle",
 }
 

@@ -27,6 +27,7 @@ from .operations import (
     REDUCTIONS,
     RESHAPES,
     VIEWS,
+    WITHIN,
     WRITING,
     is_in_place,
     is_pointwise,
@@ -211,26 +212,40 @@ class Tracker:
         if after is not None and base is not None:
             in_none = isinstance(after, Samples) and self.of(base) is None
             lost = Lost(f"{name} wrote samples into a part of it")
-            self.note(base, _of_base(base, tensor, after) if in_none else lost)  # type: ignore[arg-type]
+            self.note(base, self._of_base(base, tensor, after) if in_none else lost)  # type: ignore[arg-type]
 
     def _places(self, name, function, args, kwargs, out, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
         if name in COLLATING and not any(self.has_noted(tensor) for tensor, place in known if place is not None):
             return self._collated(name, function, args, kwargs, out, results, known)
         dependent = [pair for pair in known if pair[1] is not None]
+        # A number that is constant, such as the mean of a sample, has no place for the others to agree with.
+        dependent = [pair for pair in dependent if pair[0].dim() or pair[0].requires_grad] or dependent
+        if name in WRITING:  # where the index comes from is no matter
+            to_and_from = (args[0], kwargs.get("source", args[-1]))
+            dependent = [pair for pair in dependent if any(pair[0] is one for one in to_and_from)] or dependent
         if not results or not dependent or name.startswith("new_") or name.endswith("_like"):
             return [None] * len(results)
         # What is constant has no gradient to mix: where something else is not, that alone decides.
         deciding = [pair for pair in dependent if pair[0].requires_grad] or dependent
+        if not self._outside.uniform and all(isinstance(p, Samples) and p.pattern.uniform for _, p in deciding):
+            # A few samples may have been put beside others, which are not all of their task.
+            deciding = deciding + [
+                (tensor, place)
+                for tensor, place in dependent
+                if type(place) is Samples and all(tensor is not other for other, _ in deciding)
+            ]
         if name in INDEXING and isinstance(known[0][1], Samples):
             deciding = known[:1]
         lost = next((place for _, place in deciding if isinstance(place, Lost)), None)
         try:
-            self._check_broadcast(name, dependent, deciding, results[0])
+            if lost is None:
+                self._check_broadcast(name, dependent, deciding, results[0])
             place = lost or self._followed(name, function, args, kwargs, out, results, deciding)
         except Loses as loses:
             place = Lost(f"{name} {loses}")
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
-        return [self._settled(result, where, deciding) for result, where in zip(results, places)]
+        alone = len(deciding) == len(dependent)
+        return [self._settled(name, result, where, deciding, alone) for result, where in zip(results, places)]
 
     def _followed(self, name, function, args, kwargs, out, results, deciding) -> Any:  # type: ignore[no-untyped-def]
         try:
@@ -239,18 +254,30 @@ class Tracker:
             place = Lost(f"{name} {loses}")
         except (TypeError, IndexError, AttributeError, KeyError, ValueError, RuntimeError):
             place = Lost(f"{name} is called in a way that is not followed")
-        if not isinstance(place, Lost) or name in WRITING:
+        if not isinstance(place, Lost):
             return place
-        first, *others = [samples for _, samples in deciding]
-        of_one_task = first.pattern.uniform and all(first.same(other) for other in others)
-        return Samples(0, first.rows[:1]) if of_one_task and first.size else place
+        # Of one task, whatever became of it: but not with anything beside it that may be of another.
+        pattern = deciding[0][1].pattern
+        alone = name in WITHIN and pattern.uniform and len(list(tensors_in((*args, kwargs)))) == 1
+        return Samples(0, pattern.rows[:1]) if self._outside.uniform or alone else place
 
-    def _settled(self, result: torch.Tensor, place: Place, deciding: Sequence[tuple[torch.Tensor, Place]]) -> Place:
+    def _settled(
+        self,
+        name: str,
+        result: torch.Tensor,
+        place: Place,
+        deciding: Sequence[tuple[torch.Tensor, Place]],
+        alone: bool,
+    ) -> Place:
+        """``alone``: nothing but what decides depends on samples."""
         if isinstance(place, Samples) and place.dim >= result.dim():
-            place = Lost("a single element is left")
+            place = Lost(f"{name} left a single element")
         if isinstance(place, Samples) and place.size != result.shape[place.dim]:
-            one = place.size == 1  # broadcast
-            place = Samples(place.dim, place.rows.expand(result.shape[place.dim])) if one else Lost("its size changed")
+            one = place.size == 1 and alone  # it was broadcast
+            size = result.shape[place.dim]
+            place = (
+                Samples(place.dim, place.rows.expand(size)) if one else Lost(f"{name} changes the number of samples")
+            )
         if isinstance(place, Samples):
             guess = deciding[0][1]  # the others are guessed too, or it was not alone
             guessed = isinstance(guess, Guessed) and all(isinstance(where, Guessed) for _, where in deciding)
@@ -321,6 +348,14 @@ class Tracker:
             if dim is None or not isinstance(dim, int) or dim % tensor.dim() == samples.dim:
                 raise Loses("works across the samples")
             return aligned(deciding, first.shape)
+        if name in ("bucketize", "isin", "searchsorted"):
+            _only(deciding, args[int(name == "searchsorted")])
+            return aligned(deciding, first.shape)
+        if name in ("scatter", "scatter_add", "scatter_reduce"):
+            dim, place = _argument(args, kwargs, 1, "dim", None), unified(samples for _, samples in deciding)
+            if dim % first.dim() == place.dim:
+                raise Loses("works across the samples")
+            return _kept([(first, place)], first, place.dim)
         if name in ("layer_norm", "rms_norm"):
             tensor, samples = deciding[0]
             if samples.dim >= tensor.dim() - len(_argument(args, kwargs, 1, "normalized_shape", ())):
@@ -362,8 +397,11 @@ class Tracker:
             return self._joined(args, kwargs, first, deciding)
         if name == "stack":
             dim = _argument(args, kwargs, 1, "dim", 0) % first.dim()
-            if len(deciding) == first.shape[dim] and all(samples.pattern.uniform for _, samples in deciding):
-                return Samples(dim, torch.cat([samples.rows[:1] for _, samples in deciding]))
+            parts = [self.of(part) for part in _argument(args, kwargs, 0, "tensors", ())]
+            if all(isinstance(part, Samples) and part.size and part.pattern.uniform for part in parts):
+                return Samples(dim, torch.cat([part.rows[:1] for part in parts]))  # type: ignore[union-attr]
+            if len(deciding) < len(parts) and any(samples.pattern.uniform for _, samples in deciding):
+                raise Loses("puts samples beside what is not one")
             return unified(Samples(samples.dim + (samples.dim >= dim), samples.pattern) for _, samples in deciding)
         if name in ("repeat", "tile", "expand", "expand_as", "broadcast_to"):
             tensor, samples = deciding[0]
@@ -474,8 +512,29 @@ class Tracker:
         tensor, index, value = args
         part, its = tensor[index], self.of(value) if isinstance(value, torch.Tensor) else None
         if isinstance(its, Samples) and self.of(tensor) is None and part._is_view():
-            return _of_base(tensor, part, aligned([(value, its)], part.shape))
+            return self._of_base(tensor, part, aligned([(value, its)], part.shape))
+        if its is None and self.of(tensor) is None and _is_mask(index) and isinstance(place := self.of(index), Samples):
+            return place  # every element is chosen for itself
         return self._put(tensor, value, part.shape, lambda place: self._part(tensor, place, index, part))
+
+    def _of_base(self, base: torch.Tensor, view: torch.Tensor, samples: Samples) -> Place:
+        """Where samples that were written to a view of it lie in ``base``, in which there were none: all, or lost."""
+        if self._outside.uniform:
+            return (
+                Samples(0, self.rows[:1].expand(base.shape[0])) if base.dim() else Lost("a single element was written")
+            )
+        size, stride = view.shape[samples.dim], view.stride(samples.dim)
+        dims = [d for d in range(base.dim()) if (base.shape[d], base.stride(d)) == (size, stride)]
+        if not size or len(dims) != 1 or samples.pattern.uniform or not base.is_contiguous():
+            return Lost("samples were written into a part of it")
+        if view.numel():
+            sizes = [pair for d, pair in enumerate(zip(view.shape, view.stride())) if pair[0] > 1 and d != samples.dim]
+            within = sum((n - 1) * step for n, step in sizes if step < stride)
+            across = any(step >= stride and step % (size * stride) for _, step in sizes)
+            begin = int(view.storage_offset()) - int(base.storage_offset())
+            if across or begin % (size * stride) + within >= stride:
+                return Lost("samples were written across others")
+        return Samples(dims[0], samples.pattern)
 
     def _added(self, args: Any, kwargs: Any) -> Place:
         """``tensor.index_add(dim, index, source)``, such as what an expert made of its tokens."""
@@ -512,13 +571,13 @@ class Tracker:
     def _put(self, tensor: Any, value: Any, shape: torch.Size, part_of: Callable[[Samples], Place]) -> Place:
         """Where the samples lie in a tensor after a part of it was written."""
         place, its = self.of(tensor), self.of(value) if isinstance(value, torch.Tensor) else None
-        counts = its is not None and (value.requires_grad or not torch.is_grad_enabled())  # else it is a constant
-        written = aligned([(value, its)], shape) if counts and isinstance(its, Samples) else None
+        written = aligned([(value, its)], shape) if isinstance(its, Samples) else None
         if place is None and written is not None:
             place = _taken_from(written, tensor.shape)  # what is not written yet is of no sample, so of any
         if not isinstance(place, Samples):
             raise Loses("writes samples among what is not one")
-        if counts:
+        # A constant among what has a gradient is no matter.
+        if its is not None and (value.requires_grad or not tensor.requires_grad):
             part = part_of(place)
             if written is None or not isinstance(part, Samples) or not part.same(written):
                 raise Loses("writes samples over others")
@@ -586,23 +645,6 @@ def _of_view(shadow: torch.Tensor, samples: Samples) -> Place:
     rows = samples.rows
     same = len(line) == samples.size and line.data_ptr() == rows.data_ptr() and line.stride() == rows.stride()
     return Samples(dim, samples.pattern if same else line)
-
-
-def _of_base(base: torch.Tensor, view: torch.Tensor, samples: Samples) -> Place:
-    """Where samples that were written to a view of it lie in ``base``, in which there were none: all, or lost."""
-    if not view.numel():
-        return Lost("nothing was written into it")
-    size, stride = view.shape[samples.dim], view.stride(samples.dim)
-    dims = [d for d in range(base.dim()) if (base.shape[d], base.stride(d)) == (size, stride)]
-    others = [(n - 1, step) for d, (n, step) in enumerate(zip(view.shape, view.stride())) if n > 1 and d != samples.dim]
-    within = sum(most * step for most, step in others if step < stride)
-    across = any(step >= stride and step % (size * stride) for _, step in others)
-    begin = int(view.storage_offset()) - int(base.storage_offset())
-    if len(dims) == 1 and base.is_contiguous() and begin % (size * stride) + within < stride and not across:
-        return Samples(dims[0], samples.pattern)
-    if samples.pattern.uniform and base.dim():
-        return Samples(0, samples.rows[:1].expand(base.shape[0]))
-    return Lost("samples were written into a part of it")
 
 
 def _taken_from(part: Samples, shape: torch.Size) -> Samples | None:
