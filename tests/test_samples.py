@@ -212,6 +212,7 @@ LOSING = {
     "nothing written": lambda x: _written_across(x[:0], lambda out: out[2:2, 0]),
     "written across": lambda x: _written_at(x, 1),
     "written from another on": lambda x: _written_at(x, 2 * D),
+    "scattered over samples": lambda x: torch.zeros(B, L, D).scatter_add(0, ORDER[:, None, None].expand(B, L, D), x),
     "put elsewhere": lambda x: torch.zeros(B, L, D).index_add_(0, ORDER[:2], x[ORDER[2:]]),
     "put among others": lambda x: (x * 1).index_copy(0, ORDER, x),
     "chosen by a list": lambda x: _by_list(x),
