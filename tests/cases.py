@@ -16,6 +16,7 @@ LAYOUTS = {
     "aligned": gvk.ParameterGroups.from_sizes({"a": 5, "b": 100, "c": 0, "d": 31}, align=16),
     # whole vectors: what one pass of the CUDA kernels asks for
     "whole": gvk.ParameterGroups.from_sizes({"a": 3, "b": 9001, "c": 0, "d": 4096, "e": 20000, "f": 4100}, align=8),
+    "wide": gvk.ParameterGroups.from_sizes({"b": 9001, "d": 4096, "e": 20000, "f": 4100}, align=8),
     "long": gvk.ParameterGroups.from_sizes({"a": 3, "b": 16384 + 600, "c": 20000}),
 }
 
