@@ -92,11 +92,11 @@ def combine(grads: torch.Tensor, weights: torch.Tensor, plan: Plan, out: torch.T
         plan.blocks,
         out,
         T,
-        AT_ONCE=min(8, triton.next_power_of_2(T)),
+        AT_ONCE=min(4, triton.next_power_of_2(T)),
         COLUMNS=COMBINED,
         WIDTH=16 // grads.dtype.itemsize,
         OUT_WIDTH=16 // out.dtype.itemsize,
         ALIGNED=device.aligned(grads) and device.aligned(out),
-        num_warps=4,
+        num_warps=2,
         **device.FUSED,
     )

@@ -12,7 +12,7 @@ import torch
 
 from ..pieces import RUN, cut, piece_columns
 
-COMBINED = 1024  # columns of the result that a program of combine makes
+COMBINED = 512  # columns of the result that a program of combine makes
 
 
 class Plan(NamedTuple):
