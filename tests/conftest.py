@@ -21,21 +21,23 @@ if not torch.cuda.is_available() and cuda_host.why_unavailable() is None:
 
 if triton.why_unavailable() is None and triton.device.INTERPRETED:
     # The interpreter's time goes by operations, however wide: longer vectors than a GPU takes, but no longer than the
-    # shortest piece, so that whole ones are read too, nor than a float32 chain of matrix products may be.
+    # shortest piece, so that whole ones are read too, nor than a float32 chain of matrix products may be; and larger
+    # blocks, of float32 itself, where there are matrix units.
     from gradvac_kernels.backends.triton import cross_gram_kernels, gram_kernels
 
     def _widen(choose):
         def wide(num_rows, dtype):
             config = choose(num_rows, dtype)
-            return config._replace(
-                columns=128 // config.chain if config.kernel == "dot" else min(8 * config.columns, 1024)
-            )
+            if config.kernel == "dot":
+                return config._replace(rows=min(max(16, 1 << (num_rows - 1).bit_length()), 64), columns=128, chain=1)
+            return config._replace(columns=min(8 * config.columns, 1024))
 
         return wide
 
     gram_kernels.choose_config = _widen(gram_kernels.choose_config)
     cross_gram_kernels.choose_blocks = _widen(cross_gram_kernels.choose_blocks)
     for _module in (gram_kernels, cross_gram_kernels):
+        _module.parts = lambda dtype: 1
         _module.choose_sums = lambda num_rows: (8, 1024) if num_rows <= 40 else (32, 256)
 
     import interpreter

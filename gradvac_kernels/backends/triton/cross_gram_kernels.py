@@ -14,11 +14,10 @@ from .gram_kernels import (
     Config,
     _chain,
     _double_products,
-    _products,
     _sum_of_pieces,
     choose_blocks,
     choose_sums,
-    precision,
+    parts,
     width,
 )
 from .plan import Plan
@@ -46,7 +45,7 @@ def cross_dot(
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
     WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
@@ -59,14 +58,14 @@ def cross_dot(
     whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
     for start in range(begin, whole, CHAIN * COLUMNS):
         b_sums += _chain(
-            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, ROWS, COLUMNS, CHAIN, WIDTH, PRECISION,
+            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, whole, ROWS, COLUMNS, CHAIN, WIDTH, PARTS,
             ALIGNED, False, WIDEN,
         )  # fmt: skip
-    for start in range(whole, end, COLUMNS):
-        b_sums += _products(
-            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, end, COLUMNS, WIDTH, PRECISION, False, False,
-            WIDEN,
-        ).to(tl.float64)  # fmt: skip
+    for start in tl.range(whole, end, 4 * WIDTH, num_stages=1):
+        b_sums += _chain(
+            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, end, ROWS, 4 * WIDTH, 1, WIDTH, PARTS,
+            False, False, WIDEN,
+        )  # fmt: skip
     p_out = p_sums + piece * T * U + o_rows[:, None] * U + o_others[None, :]
     tl.store(p_out, b_sums, mask=(o_rows < T)[:, None] & (o_others < U)[None, :])
 
@@ -149,7 +148,7 @@ def cross_measure(x: torch.Tensor, y: torch.Tensor, plan: Plan, config: Config |
                 config.columns,
                 config.chain,
                 width(dtype),
-                precision(dtype),
+                parts(dtype),
                 device.aligned(x) and device.aligned(y) and plan.alignment % width(dtype) == 0,
                 device.INTERPRETED,
                 **config.options(),

@@ -150,33 +150,67 @@ def _tile(p_grads, row_stride, o_rows, start, end, T, COLUMNS: tl.constexpr, WID
 
 
 @triton.jit
-def _products(
-    p_x,
-    x_stride,
-    T,
-    o_rows,
-    p_y,
-    y_stride,
-    U,
-    o_others,
-    start,
-    end,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """[ROWS, ROWS] sums of products, of rows of x [T, P] and of y [U, P], over COLUMNS columns."""
-    b_x = _tile(p_x, x_stride, o_rows, start, end, T, COLUMNS, WIDTH, WHOLE)
-    if ONE_BLOCK:
-        b_y = b_x
+def _split_rows(b_x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, 16, WIDTH] -> WIDTH times [ROWS, 16]."""
+    if WIDTH == 1:
+        return (tl.reshape(b_x, [ROWS, 16]),)
     else:
-        b_y = _tile(p_y, y_stride, o_others, start, end, U, COLUMNS, WIDTH, WHOLE)
-    if WIDEN:  # the interpreter multiplies bfloat16 wrongly
-        b_x, b_y = b_x.to(tl.float32), b_y.to(tl.float32)
-    return tl.dot(b_x, tl.trans(b_y), input_precision=PRECISION)
+        even, odd = tl.split(tl.reshape(b_x, [ROWS, 16, WIDTH // 2, 2]))
+        return _split_rows(even, ROWS, WIDTH // 2) + _split_rows(odd, ROWS, WIDTH // 2)
+
+
+@triton.jit
+def _units(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """[ROWS, COLUMNS] -> COLUMNS / 16 times [ROWS, 16], each what a matrix unit takes.
+
+    Of 16 columns a lane feeds 2 and 2: here those are next to each other, and WIDTH / 4 times that is one load. So a
+    tile gets from memory to the matrix units without being rearranged.
+    """
+    b_x = tl.reshape(b_x, [ROWS, COLUMNS // (4 * WIDTH), 4, WIDTH // 4, 2, 2])  # loads, lanes, units, halves, pairs
+    return _split_rows(tl.permute(b_x, (0, 4, 2, 5, 3, 1)), ROWS, COLUMNS // 16)
+
+
+@triton.jit
+def _upper(b_x):
+    """float32, rounded to the 8 bits of bfloat16; as integers, for conversions one by one are slow."""
+    return ((b_x.to(tl.int32, bitcast=True) + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _parts(b_x, PARTS: tl.constexpr, WIDEN: tl.constexpr):
+    """What adds up to b_x, exactly: itself, or three of bfloat16."""
+    if PARTS == 1:
+        return (b_x.to(tl.float32) if WIDEN else b_x,)
+    else:
+        b_high = _upper(b_x)
+        b_rest = b_x - b_high
+        b_middle = _upper(b_rest)
+        b_low = b_rest - b_middle
+        if WIDEN:
+            return b_high, b_middle, b_low
+        else:
+            return b_high.to(tl.bfloat16), b_middle.to(tl.bfloat16), b_low.to(tl.bfloat16)
+
+
+@triton.jit
+def _multiply(x, y, PARTS: tl.constexpr, ONE_BLOCK: tl.constexpr):
+    """[ROWS, ROWS] sums of 16 products, those of the smallest parts left out and the largest added last.
+
+    ONE_BLOCK, of three parts: what is right is half the sum of this and its transpose.
+    """
+    if PARTS == 1:
+        return tl.dot(x[0], tl.trans(y[0]), input_precision="ieee")
+    else:
+        b_products = tl.dot(x[1], tl.trans(y[1]), input_precision="ieee")
+        if ONE_BLOCK:
+            b_products = tl.dot(x[2] + x[2], tl.trans(y[0]), b_products, input_precision="ieee")
+            b_products = tl.dot(x[1] + x[1], tl.trans(y[0]), b_products, input_precision="ieee")
+        else:
+            b_products = tl.dot(x[0], tl.trans(y[2]), b_products, input_precision="ieee")
+            b_products = tl.dot(x[2], tl.trans(y[0]), b_products, input_precision="ieee")
+            b_products = tl.dot(x[0], tl.trans(y[1]), b_products, input_precision="ieee")
+            b_products = tl.dot(x[1], tl.trans(y[0]), b_products, input_precision="ieee")
+        return tl.dot(x[0], tl.trans(y[0]), b_products, input_precision="ieee")
 
 
 @triton.jit
@@ -190,24 +224,31 @@ def _chain(
     U,
     o_others,
     start,
+    end,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
     WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """[ROWS, ROWS] sums of products over CHAIN x COLUMNS columns, all of them there."""
-    end = start + CHAIN * COLUMNS
-    b_chain = tl.zeros([ROWS, ROWS], tl.float32)
+    """[ROWS, ROWS] sums of products, of rows of x [T, P] and of y [U, P], over CHAIN x COLUMNS columns."""
     for c in tl.static_range(CHAIN):
-        b_products = _products(
-            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start + c * COLUMNS, end, COLUMNS, WIDTH, PRECISION,
-            WHOLE, ONE_BLOCK, WIDEN,
-        )  # fmt: skip
-        b_chain = tl.fma(b_products, 1.0, b_chain)  # a plain + would be merged into the product
+        b_x = _tile(p_x, x_stride, o_rows, start + c * COLUMNS, end, T, COLUMNS, WIDTH, WHOLE)
+        units = _units(b_x, ROWS, COLUMNS, WIDTH)
+        if not ONE_BLOCK:
+            b_y = _tile(p_y, y_stride, o_others, start + c * COLUMNS, end, U, COLUMNS, WIDTH, WHOLE)
+            others = _units(b_y, ROWS, COLUMNS, WIDTH)
+        for u in tl.static_range(COLUMNS // 16):
+            x = _parts(units[u], PARTS, WIDEN)
+            y = x if ONE_BLOCK else _parts(others[u], PARTS, WIDEN)
+            b_products = _multiply(x, y, PARTS, ONE_BLOCK)
+            if c + u == 0:
+                b_chain = b_products
+            else:
+                b_chain = tl.fma(b_products, 1.0, b_chain)  # a plain + would be merged into the product
     return b_chain.to(tl.float64)
 
 
@@ -222,18 +263,20 @@ def dot(
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
     WIDTH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     """A piece and a pair of blocks of rows a program.
 
-    Matrix units cut off what they add up instead of rounding it, so they add up no more than COLUMNS columns; CHAIN of
-    such sums are added in float32, and those in float64.
+    Matrix units cut off what they add up instead of rounding it, so they add up no more than 16 columns. Those sums are
+    added in float32, over CHAIN x COLUMNS columns, and then in float64.
     """
-    piece = tl.program_id(0).to(tl.int64)
-    block, other = _block_pair(tl.program_id(1))
+    blocks = tl.cdiv(T, ROWS)
+    pairs = blocks * (blocks + 1) // 2  # of one piece: programs that read the same columns run together
+    piece = (tl.program_id(0) // pairs).to(tl.int64)
+    block, other = _block_pair(tl.program_id(0) % pairs)
     begin = tl.load(p_pieces + 2 * piece)
     end = tl.load(p_pieces + 2 * piece + 1)
     o_rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -242,14 +285,16 @@ def dot(
     whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
     for start in range(begin, whole, CHAIN * COLUMNS):
         b_sums += _chain(
-            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, ROWS, COLUMNS, CHAIN, WIDTH,
-            PRECISION, ALIGNED, ONE_BLOCK, WIDEN,
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, whole, ROWS, COLUMNS, CHAIN, WIDTH,
+            PARTS, ALIGNED, ONE_BLOCK, WIDEN,
         )  # fmt: skip
-    for start in range(whole, end, COLUMNS):
-        b_sums += _products(
-            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, end, COLUMNS, WIDTH, PRECISION,
-            False, ONE_BLOCK, WIDEN,
-        ).to(tl.float64)  # fmt: skip
+    for start in tl.range(whole, end, 4 * WIDTH, num_stages=1):
+        b_sums += _chain(
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, end, ROWS, 4 * WIDTH, 1, WIDTH,
+            PARTS, False, ONE_BLOCK, WIDEN,
+        )  # fmt: skip
+    if ONE_BLOCK and PARTS > 1:
+        b_sums = 0.5 * (b_sums + tl.trans(b_sums))
     p_out = p_sums + piece * T * T + o_rows[:, None] * T + o_others[None, :]
     tl.store(p_out, b_sums, mask=(o_rows[:, None] >= o_others[None, :]) & (o_rows < T)[:, None])
 
@@ -349,7 +394,7 @@ def add_up(
 class Config(NamedTuple):
     """How the pieces are gone through: ``kernel`` outer, dot or double; ``columns`` at a time, blocks of ``rows``.
 
-    ``chain``, of dot: how many sums of ``columns`` products are added up in float32.
+    ``chain``, of dot: over how many times ``columns`` products are added up in float32.
     """
 
     kernel: str
@@ -374,31 +419,35 @@ def width(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def precision(dtype: torch.dtype) -> str:
-    """Of matrix units: products of 16 bits are exact, those of float32 are six of its three parts."""
-    return "ieee" if dtype.itemsize == 2 or device.INTERPRETED else "bf16x6"
+def parts(dtype: torch.dtype) -> int:
+    """Of a number, for matrix units: products of 16 bits are exact, and three times 8 are those of float32."""
+    return 1 if dtype.itemsize == 2 else 3
 
 
 def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
     """The configuration for T rows: what fits the registers, and reads memory as fast as it comes."""
     T, size = num_rows, dtype.itemsize
     if T <= (8 if size == 2 else 0 if size == 8 else 13):
-        registers = 255 if T > 8 else 128 if size == 4 else 168
         lanes = 128 if T <= 2 else 64 if T <= 4 else 32  # few rows: more loads of each under way
-        return Config("outer", T, lanes * width(dtype), num_warps=1, registers=registers)
+        stages = 1 if T <= (2 if size == 2 else 8) else 2
+        registers = 255 if T > 8 else 128 if size == 4 else None
+        return Config("outer", T, lanes * width(dtype), num_warps=1, num_stages=stages, registers=registers)
     return choose_blocks(T, dtype)
 
 
 def choose_blocks(num_rows: int, dtype: torch.dtype) -> Config:
-    """That by blocks of pairs, for any number of rows."""
+    """That by blocks of pairs, for any number of rows.
+
+    One warp multiplies what it loads to registers, 64 bytes a row at a time; the four warps of larger blocks share it.
+    """
     T, size = num_rows, dtype.itemsize
     if size == 8:
         return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
-    rows = 16 if T <= 16 else 32 if T <= 32 else 64
-    if size == 2:  # half the warps: a thread loads 16 bytes all the same
-        registers = 128 if rows == 32 else None
-        return Config("dot", rows, 16, num_warps=rows // 16, num_stages=3, chain=4, registers=registers)
-    return Config("dot", rows, 16, num_warps={16: 1, 32: 4, 64: 8}[rows], num_stages=3, chain=2)
+    if size == 2 and T > 32:
+        return Config("dot", 64, 4 * width(dtype), num_warps=4, num_stages=3, chain=4)
+    if T <= 16:
+        return Config("dot", 16, 4 * width(dtype), num_warps=1, chain=4, registers=255 if size == 4 else None)
+    return Config("dot", 32, 4 * width(dtype), num_warps=1, chain=2)
 
 
 def choose_sums(num_rows: int) -> tuple[int, int]:
@@ -425,21 +474,22 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
     if pieces:
         arguments = (grads, row_stride, plan.pieces, sums)
         options = config.options()
-        grid = (pieces, block_pairs(T, config.rows))
+        pairs = block_pairs(T, config.rows)
+        grid = (pieces, pairs)
         if config.kernel == "outer":
             lanes = config.columns // width(dtype)
             outer[grid](*arguments, T, lanes, width(dtype), device.aligned(grads), RUN, config.num_stages, **options)
         elif config.kernel == "dot":
-            dot[grid](
+            dot[(pieces * pairs,)](
                 *arguments,
                 T,
                 config.rows,
                 config.columns,
                 config.chain,
                 width(dtype),
-                precision(dtype),
+                parts(dtype),
                 device.aligned(grads) and plan.alignment % width(dtype) == 0,
-                grid[1] == 1,
+                pairs == 1,
                 device.INTERPRETED,
                 **options,
             )
