@@ -115,8 +115,8 @@ def cases() -> Iterator[tuple[str, list]]:
         return torch.zeros(T, groups.numel, dtype=dtype)
 
     for dtype, numbers in (
-        (torch.float32, (1, 2, 8, 13, 16, 32, 64, 100)),
-        (torch.bfloat16, (2, 8, 16, 32, 64, 100)),
+        (torch.float32, (1, 2, 7, 8, 10, 13, 16, 32, 64, 100)),
+        (torch.bfloat16, (2, 3, 6, 16, 32, 64, 100)),
         (torch.float16, (2, 64)),
         (torch.float64, (8, 64)),
     ):

@@ -29,7 +29,8 @@ if triton.why_unavailable() is None and triton.device.INTERPRETED:
         def wide(num_rows, dtype):
             config = choose(num_rows, dtype)
             if config.kernel == "dot":
-                return config._replace(rows=min(max(16, 1 << (num_rows - 1).bit_length()), 64), columns=128, chain=1)
+                rows = min(max(16, 1 << (num_rows - 1).bit_length()), 64)
+                return config._replace(rows=rows, columns=128, chain=1, unit=16)
             return config._replace(columns=min(8 * config.columns, 1024))
 
         return wide

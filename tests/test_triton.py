@@ -90,6 +90,7 @@ def test_a_configuration_for_any_number_of_rows():
         (5, torch.bfloat16, gram_kernels.Config("dot", 16, 64, 1, chain=3)),
         (18, torch.float32, gram_kernels.Config("dot", 16, 32, 1, chain=4)),
         (18, torch.bfloat16, gram_kernels.Config("dot", 32, 32, 1, chain=4)),
+        (18, torch.bfloat16, gram_kernels.Config("dot", 64, 32, 4, chain=2, unit=32)),
         (18, torch.bfloat16, gram_kernels.Config("double", 8, 64, 4)),
         (9, torch.bfloat16, gram_kernels.Config("outer", 9, 256, 1)),
     ],

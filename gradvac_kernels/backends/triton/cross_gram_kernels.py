@@ -44,6 +44,7 @@ def cross_dot(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -58,13 +59,13 @@ def cross_dot(
     whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
     for start in range(begin, whole, CHAIN * COLUMNS):
         b_sums += _chain(
-            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, whole, ROWS, COLUMNS, CHAIN, WIDTH, PARTS,
-            ALIGNED, False, WIDEN,
+            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, whole, ROWS, COLUMNS, CHAIN, UNIT, WIDTH,
+            PARTS, ALIGNED, False, WIDEN,
         )  # fmt: skip
     for start in tl.range(whole, end, 4 * WIDTH, num_stages=1):
         b_sums += _chain(
-            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, end, ROWS, 4 * WIDTH, 1, WIDTH, PARTS,
-            False, False, WIDEN,
+            p_x, x_stride, T, o_rows, p_y, y_stride, U, o_others, start, end, ROWS, 4 * WIDTH, 1, UNIT, WIDTH,
+            PARTS, False, False, WIDEN,
         )  # fmt: skip
     p_out = p_sums + piece * T * U + o_rows[:, None] * U + o_others[None, :]
     tl.store(p_out, b_sums, mask=(o_rows < T)[:, None] & (o_others < U)[None, :])
@@ -147,6 +148,7 @@ def cross_measure(x: torch.Tensor, y: torch.Tensor, plan: Plan, config: Config |
                 config.rows,
                 config.columns,
                 config.chain,
+                config.unit,
                 width(dtype),
                 parts(dtype),
                 device.aligned(x) and device.aligned(y) and plan.alignment % width(dtype) == 0,

@@ -160,14 +160,19 @@ def _split_rows(b_x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _units(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
-    """[ROWS, COLUMNS] -> COLUMNS / 16 times [ROWS, 16], each what a matrix unit takes.
+def _units(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
+    """[ROWS, COLUMNS] -> COLUMNS / UNIT times [ROWS, UNIT], each what a matrix unit adds up.
 
     Of 16 columns a lane feeds 2 and 2: here those are next to each other, and WIDTH / 4 times that is one load. So a
-    tile gets from memory to the matrix units without being rearranged.
+    tile gets from memory to the matrix units of a warp without being rearranged. Those of four warps, which take more
+    rows, read what was loaded to shared memory as it is: there a tile is one unit.
     """
-    b_x = tl.reshape(b_x, [ROWS, COLUMNS // (4 * WIDTH), 4, WIDTH // 4, 2, 2])  # loads, lanes, units, halves, pairs
-    return _split_rows(tl.permute(b_x, (0, 4, 2, 5, 3, 1)), ROWS, COLUMNS // 16)
+    if UNIT > 16:
+        tl.static_assert(COLUMNS == UNIT)
+        return (b_x,)
+    else:
+        b_x = tl.reshape(b_x, [ROWS, COLUMNS // (4 * WIDTH), 4, WIDTH // 4, 2, 2])  # loads, lanes, units, halves, pairs
+        return _split_rows(tl.permute(b_x, (0, 4, 2, 5, 3, 1)), ROWS, COLUMNS // 16)
 
 
 @triton.jit
@@ -194,7 +199,7 @@ def _parts(b_x, PARTS: tl.constexpr, WIDEN: tl.constexpr):
 
 @triton.jit
 def _multiply(x, y, PARTS: tl.constexpr, ONE_BLOCK: tl.constexpr):
-    """[ROWS, ROWS] sums of 16 products, those of the smallest parts left out and the largest added last.
+    """[ROWS, ROWS] sums of 16 (or 32) products, those of the smallest parts left out and the largest added last.
 
     ONE_BLOCK, of three parts: what is right is half the sum of this and its transpose.
     """
@@ -228,6 +233,7 @@ def _chain(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -237,11 +243,11 @@ def _chain(
     """[ROWS, ROWS] sums of products, of rows of x [T, P] and of y [U, P], over CHAIN x COLUMNS columns."""
     for c in tl.static_range(CHAIN):
         b_x = _tile(p_x, x_stride, o_rows, start + c * COLUMNS, end, T, COLUMNS, WIDTH, WHOLE)
-        units = _units(b_x, ROWS, COLUMNS, WIDTH)
+        units = _units(b_x, ROWS, COLUMNS, WIDTH, UNIT)
         if not ONE_BLOCK:
             b_y = _tile(p_y, y_stride, o_others, start + c * COLUMNS, end, U, COLUMNS, WIDTH, WHOLE)
-            others = _units(b_y, ROWS, COLUMNS, WIDTH)
-        for u in tl.static_range(COLUMNS // 16):
+            others = _units(b_y, ROWS, COLUMNS, WIDTH, UNIT)
+        for u in tl.static_range(COLUMNS // UNIT):
             x = _parts(units[u], PARTS, WIDEN)
             y = x if ONE_BLOCK else _parts(others[u], PARTS, WIDEN)
             b_products = _multiply(x, y, PARTS, ONE_BLOCK)
@@ -262,6 +268,7 @@ def dot(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     CHAIN: tl.constexpr,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -270,8 +277,8 @@ def dot(
 ):
     """A piece and a pair of blocks of rows a program.
 
-    Matrix units cut off what they add up instead of rounding it, so they add up no more than 16 columns. Those sums are
-    added in float32, over CHAIN x COLUMNS columns, and then in float64.
+    Matrix units cut off what they add up instead of rounding it, so they add up no more than UNIT columns. Those sums
+    are added in float32, over CHAIN x COLUMNS columns, and then in float64.
     """
     blocks = tl.cdiv(T, ROWS)
     pairs = blocks * (blocks + 1) // 2  # of one piece: programs that read the same columns run together
@@ -285,13 +292,13 @@ def dot(
     whole = begin + (end - begin) // (CHAIN * COLUMNS) * (CHAIN * COLUMNS)
     for start in range(begin, whole, CHAIN * COLUMNS):
         b_sums += _chain(
-            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, whole, ROWS, COLUMNS, CHAIN, WIDTH,
-            PARTS, ALIGNED, ONE_BLOCK, WIDEN,
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, whole, ROWS, COLUMNS, CHAIN, UNIT,
+            WIDTH, PARTS, ALIGNED, ONE_BLOCK, WIDEN,
         )  # fmt: skip
     for start in tl.range(whole, end, 4 * WIDTH, num_stages=1):
         b_sums += _chain(
-            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, end, ROWS, 4 * WIDTH, 1, WIDTH,
-            PARTS, False, ONE_BLOCK, WIDEN,
+            p_grads, row_stride, T, o_rows, p_grads, row_stride, T, o_others, start, end, ROWS, 4 * WIDTH, 1, UNIT,
+            WIDTH, PARTS, False, ONE_BLOCK, WIDEN,
         )  # fmt: skip
     if ONE_BLOCK and PARTS > 1:
         b_sums = 0.5 * (b_sums + tl.trans(b_sums))
@@ -404,6 +411,7 @@ class Config(NamedTuple):
     num_stages: int = 1
     chain: int = 1
     registers: int | None = None  # a thread, where the compiler is not to decide
+    unit: int = 16  # of dot: columns that a matrix unit adds up; 32 where those are all ``columns``
 
     def options(self) -> dict[str, int]:
         """Of the launch."""
@@ -427,27 +435,27 @@ def parts(dtype: torch.dtype) -> int:
 def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
     """The configuration for T rows: what fits the registers, and reads memory as fast as it comes."""
     T, size = num_rows, dtype.itemsize
-    if T <= (8 if size == 2 else 0 if size == 8 else 13):
-        lanes = 128 if T <= 2 else 64 if T <= 4 else 32  # few rows: more loads of each under way
-        stages = 1 if T <= (2 if size == 2 else 8) else 2
-        registers = 255 if T > 8 else 128 if size == 4 else None
-        return Config("outer", T, lanes * width(dtype), num_warps=1, num_stages=stages, registers=registers)
-    return choose_blocks(T, dtype)
+    if size == 8 or T > (6 if size == 2 else 13):
+        return choose_blocks(T, dtype)
+    lanes = 128 if T <= 2 else 64 if T <= 4 else 32  # few rows: more loads of each under way
+    if size == 2:
+        stages, registers = (1, 168) if T <= 3 else (2, None)
+    elif T <= 4 or T == 8:
+        stages, registers = 1, 128
+    else:
+        stages, registers = 2, None if T < 8 else 168 if T <= 10 else 255  # fewer would spill
+    return Config("outer", T, lanes * width(dtype), num_warps=1, num_stages=stages, registers=registers)
 
 
 def choose_blocks(num_rows: int, dtype: torch.dtype) -> Config:
-    """That by blocks of pairs, for any number of rows.
-
-    One warp multiplies what it loads to registers, 64 bytes a row at a time; the four warps of larger blocks share it.
-    """
+    """That by blocks of pairs, for any number of rows."""
     T, size = num_rows, dtype.itemsize
     if size == 8:
         return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
     if size == 2 and T > 32:
-        return Config("dot", 64, 4 * width(dtype), num_warps=4, num_stages=3, chain=4)
-    if T <= 16:
-        return Config("dot", 16, 4 * width(dtype), num_warps=1, chain=4, registers=255 if size == 4 else None)
-    return Config("dot", 32, 4 * width(dtype), num_warps=1, chain=2)
+        return Config("dot", 64, 32, num_warps=4, num_stages=4, chain=2, unit=32)
+    rows = 16 if T <= 16 else 32  # and 128 bytes of each at a time
+    return Config("dot", rows, 8 * width(dtype), num_warps=rows // 16, num_stages=3, chain=1 if T > 32 else 2)
 
 
 def choose_sums(num_rows: int) -> tuple[int, int]:
@@ -486,6 +494,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
                 config.rows,
                 config.columns,
                 config.chain,
+                config.unit,
                 width(dtype),
                 parts(dtype),
                 device.aligned(grads) and plan.alignment % width(dtype) == 0,
