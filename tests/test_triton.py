@@ -15,7 +15,7 @@ if triton.why_unavailable() is not None:
     pytest.skip(triton.why_unavailable(), allow_module_level=True)
 
 from gradvac_kernels.backends.pieces import RUN, piece_columns
-from gradvac_kernels.backends.triton import device, gram_kernels
+from gradvac_kernels.backends.triton import combine_kernels, device, gram_kernels
 from gradvac_kernels.backends.triton.plan import COMBINED, make_plan
 
 CPU = torch.device("cpu")
@@ -108,6 +108,37 @@ def test_any_configuration_gives_the_gram(T, dtype, config, monkeypatch):
     assert bool(((G - exact).abs() <= 1e-7 * lengths[:, :, None] * lengths[:, None]).all())
     assert torch.equal(G, G.mT)
     assert not bool(arrived.any())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("T", "dtype", "wide"), [(1, torch.float16, torch.float32), (3, torch.bfloat16, torch.float32)]
+)
+def test_longer_blocks_give_the_same_bits(T, dtype, wide):
+    """Those of few rows: whole blocks, what is left of one, and those that are not aligned."""
+    groups = gvk.ParameterGroups.from_sizes(
+        {"long": 9 * COMBINED + 8, "left": 3 * COMBINED + 3, "skewed": 5 * COMBINED}
+    )
+    grads = task_gradients(T, groups, dtype=dtype)
+    weights = torch.rand(len(groups), T, dtype=torch.float64)
+    found = []
+    for columns in (COMBINED, 4 * COMBINED):
+        plan = make_plan(edges_of(groups), T, CPU, columns)
+        out = torch.full((groups.numel + 8,), 7, dtype=wide)
+        combine_kernels.combine(grads, weights, plan, out[: groups.numel])
+        assert bool((out[groups.numel :] == 7).all())
+        found.append(out)
+    assert torch.equal(*found)
+    exact = torch.cat([w @ g.double() for w, g in zip(weights, grads.split(groups.sizes, 1))])
+    assert torch.equal(found[0][: groups.numel], exact.to(wide))
+
+
+def test_longer_blocks_where_there_is_enough_for_all():
+    few = torch.empty(4, 10**8, dtype=torch.bfloat16, device="meta")
+    assert combine_kernels.block_columns(few) == 8 * COMBINED
+    assert combine_kernels.block_columns(few[:, : 10**6]) == COMBINED
+    assert combine_kernels.block_columns(few.float()) == COMBINED
+    assert combine_kernels.block_columns(few.new_empty(5, 10**8)) == COMBINED
 
 
 @interpreted

@@ -88,7 +88,8 @@ def _solve(
 
 
 def _plan(grads: torch.Tensor, bounds: torch.Tensor) -> Plan:
-    return make_plan(tuple(bounds.flatten().tolist()), grads.shape[0], grads.device)
+    combined = combine_kernels.block_columns(grads)
+    return make_plan(tuple(bounds.flatten().tolist()), grads.shape[0], grads.device, combined)
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ import torch
 
 from ..pieces import RUN, cut, piece_columns
 
-COMBINED = 512  # columns of the result that a program of combine makes
+COMBINED = 512  # columns of the result that a program of combine makes, or makes at a time
 
 
 class Plan(NamedTuple):
@@ -31,11 +31,11 @@ class Plan(NamedTuple):
 
 
 @functools.cache  # for good: a captured CUDA graph may read a table at any time
-def make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device) -> Plan:
+def make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device, combined: int = COMBINED) -> Plan:
     """The plan for groups with these bounds. Copies its tables to the device and waits for them, once a layout."""
     bounds = list(zip(edges[::2], edges[1::2]))
     pieces = [cut(begin, end, piece_columns(end - begin, num_rows)) for begin, end in bounds]
-    blocks = [(k, *block) for k, (begin, end) in enumerate(bounds) for block in cut(begin, end, COMBINED)]
+    blocks = [(k, *block) for k, (begin, end) in enumerate(bounds) for block in cut(begin, end, combined)]
 
     def table(rows: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).to(device)
