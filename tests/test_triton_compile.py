@@ -18,7 +18,7 @@ REGISTERS = 65536  # of a multiprocessor
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a multiprocessor gives to its blocks
 # Warps of a multiprocessor that must fit the registers, to keep enough loads under way: 16 bytes a row, lane and load.
 KERNELS = ("outer", "dot", "double", "add_up", "cross_dot", "cross_double", "cross_add_up", "add_weighted", "solve")
-WARPS = {**dict.fromkeys(KERNELS, 8), "add_weighted_few": 32}
+WARPS = {**dict.fromkeys(KERNELS, 8), "add_weighted": 24, "add_weighted_few": 20}
 
 
 @pytest.fixture(scope="module")

@@ -76,11 +76,15 @@ def add_weighted(
         o_columns = tl.max_contiguous(tl.multiple_of(o_columns, OUT_WIDTH), OUT_WIDTH)
         tl.store(p_out + o_columns, _narrow(b_sum, p_out.dtype.element_ty))
     else:
-        b_sum = _sum_rows(p_grads, row_stride, p_weights, o_columns, m_columns, T, AT_ONCE, COLUMNS, WIDTH, False)
-        tl.store(p_out + o_columns, _narrow(b_sum, p_out.dtype.element_ty), mask=m_columns)
+        FEWER: tl.constexpr = COLUMNS // 2  # loaded one by one: in as few registers
+        for start in tl.range(begin, end, FEWER, num_stages=1):
+            o_fewer = start + tl.arange(0, FEWER)
+            m_fewer = o_fewer < end
+            b_fewer = _sum_rows(p_grads, row_stride, p_weights, o_fewer, m_fewer, T, AT_ONCE, FEWER, WIDTH, False)
+            tl.store(p_out + o_fewer, _narrow(b_fewer, p_out.dtype.element_ty), mask=m_fewer)
 
 
-# ------------------------------------------------------------------------------------------ few rows of 16-bit numbers
+# ---------------------------------------------------------------------------------------- few rows, of 16-bit numbers
 
 
 @triton.jit
@@ -150,9 +154,8 @@ def add_weighted_few(
 
 
 def few(grads: torch.Tensor) -> bool:
-    """So little to load and to add up at a time that a program spends most of its time on waiting for its first loads:
-    it makes more than one block's worth."""
-    return grads.shape[0] <= 4 and grads.dtype.itemsize == 2
+    """Rows that add_weighted_few adds: one block of them is read in less time than a program takes to begin."""
+    return grads.shape[0] <= 8 and grads.dtype.itemsize == 2
 
 
 def block_columns(grads: torch.Tensor) -> int:
