@@ -165,6 +165,7 @@ def two_pass_compiled(case: Case) -> Contestant:
         raise NotRun(f"groups of equal sizes only, not of {min(case.groups.sizes)} to {max(case.groups.sizes)} columns")
     if case.T > 16:
         raise NotRun(f"compiling the loop over {case.T} tasks takes minutes")
+    _for_some_cases(case)
     ema = case.targets()
     order = gvk.task_order(case.K, case.T, seed=0, step=0, device=case.device)  # one for all steps: drawing costs more
     limits = precision(torch.float32)
@@ -310,7 +311,13 @@ def torchjd_whole(case: Case) -> Contestant:
     )
 
 
+def _for_some_cases(case: Case) -> None:
+    if case.device != "cpu" and case.K != 100:
+        raise NotRun("on a GPU for K = 100 only: it takes longer than all else")
+
+
 def _bearable(case: Case, groups: int) -> None:
+    _for_some_cases(case)
     steps = groups * case.T * (case.T - 1)
     limit = _STEPS[torch.device(case.device).type]
     if steps > limit:

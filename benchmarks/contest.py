@@ -18,8 +18,8 @@ from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
 from .memory import peak_memory
 from .stopwatch import Stopwatch, stopwatch
 
-SECONDS = 0.3  # timed for each implementation of a case
-PROBE_SECONDS = 0.1  # and for each probe of a ceiling
+SECONDS = {"cpu": 0.3, "cuda": 0.05}  # timed for each implementation of a case; a GPU is always in the same state
+PROBE_SECONDS = {"cpu": 0.1, "cuda": 0.02}  # and for each probe of a ceiling
 MAX_ROUNDS = 200
 MAX_BYTES = {"cpu": 3 << 30, "cuda": 30 << 30}  # of all input buffers of a case
 
@@ -137,17 +137,20 @@ class Contest:
     def measure(self, probes: list[Probe]) -> None:
         """Time the implementations and both ceilings in turns: all of them see the machine in the same state."""
         device, buffers = self.case.device, self._buffers
+        kind = torch.device(device).type
         turns = {}
         for name, contestant in self._contestants.items():
             try:
                 self.memory[name] = peak_memory(contestant.run, buffers[0])  # and warmed up
                 watch, calls = stopwatch(device, contestant.run, buffers, contestant.waits)
-                turns[name] = _Turns(watch, self.op.seconds * SECONDS, calls)
+                turns[name] = _Turns(watch, self.op.seconds * SECONDS[kind], calls)
             except Exception as error:  # a peer that cannot be captured does not take the others with it
                 self.wrong[name] = f"{type(error).__name__}: {error}"
         for probe in probes:
             probe.run_on(buffers[0])
-        bounds = [_Turns(stopwatch(device, probe.run_on, buffers[:1], False)[0], PROBE_SECONDS) for probe in probes]
+        bounds = [
+            _Turns(stopwatch(device, probe.run_on, buffers[:1], False)[0], PROBE_SECONDS[kind]) for probe in probes
+        ]
         _take_turns([*turns.values(), *bounds])
         self.seconds = {name: entry.seconds for name, entry in turns.items()}
         for ceiling in (STREAMING_READ, MULTIPLY_ADDS):

@@ -10,7 +10,7 @@ shift
 wanted=" ${*:-tests benchmarks memcheck racecheck synccheck initcheck traffic} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 failed=()
 
@@ -32,14 +32,14 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
   echo "no GPU that torch of $python can use"
   exit 1
 fi
-# Some ten minutes together. What is interrupted still writes what it has.
+# Some five minutes together. What is interrupted still writes what it has.
 stage gpu 20 nvidia-smi
 stage build 120 "$python" setup.py build_ext --inplace
 stage environment 30 "$python" -m gradvac_kernels.env
 cat "$out/environment.log"
 if is_wanted tests; then
   workers=() # most of the tests' time is compiling
-  "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
+  "$python" -c "import xdist" 2>/dev/null && workers=(-n 14)
   stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
   grep -E "^error of the Gram|passed|failed" "$out/tests.log"
 fi
@@ -48,18 +48,27 @@ if is_wanted benchmarks; then
     -p no:cacheprovider
   grep -A 200 "time of each implementation" "$out/benchmarks.log"
 fi
-# A subset: the sanitizer is some hundred times slower. Every tensor its own allocation, so that it sees their ends.
+# A subset, all tools at once: they are some hundred times slower. Every tensor its own allocation, so that they see
+# their ends.
+checks=()
 for tool in memcheck racecheck synccheck initcheck; do
   is_wanted $tool || continue
   if ! command -v compute-sanitizer >/dev/null; then
     echo "$tool: not run, compute-sanitizer is not on the PATH"
     continue
   fi
+  checks+=($tool)
   subset=(-m small)
   [ $tool = memcheck ] || subset+=(-k cuda)
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage $tool 60 compute-sanitizer --tool $tool --error-exitcode 9 \
-    --report-api-errors no "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider "${subset[@]}"
-  tail -n 3 "$out/$tool.log"
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal INT --kill-after 10 75 compute-sanitizer --tool $tool \
+    --error-exitcode 9 --report-api-errors no "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider \
+    "${subset[@]}" >"$out/$tool.log" 2>&1 &
+done
+wait
+for tool in "${checks[@]}"; do
+  echo "$tool: $(grep -E "passed|failed|interrupted" "$out/$tool.log" | tail -n 1)"
+  tail -n 1 "$out/$tool.log"
+  grep -qE "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards" "$out/$tool.log" || failed+=("$tool")
 done
 # What one pass reads and writes of memory, where the profiler may count.
 if is_wanted traffic; then

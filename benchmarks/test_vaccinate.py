@@ -12,7 +12,7 @@ import gradvac_kernels as gvk
 from gradvac_kernels.backends import cuda
 
 from . import baselines
-from .cases import FULL_GRID, GPU_GRID, GRID, Case
+from .cases import FULL_GRID, GPU_GRID, GPU_GROUPS, GRID, Case
 from .contest import Builder, Contest, Contestant, NotRun, Operator, Record
 from .replay import clock
 
@@ -81,7 +81,7 @@ OPERATOR = Operator(
     },
     grid=GRID,
     full_grid=FULL_GRID,
-    gpu_grid=GPU_GRID,
+    gpu_grid=(*GPU_GRID, *GPU_GROUPS),
 )
 
 

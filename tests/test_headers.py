@@ -18,15 +18,17 @@ PROGRAM = r"""
 using namespace gradvac;
 
 __global__ void on_device(double* out) {
+  const Rule rule{0.5, 0.999, {1e-7, 1e-38, 1e38}};
   Row row(out[0]);
-  const Meeting meeting = row.meet(out[1], out[2], out[3], Rule{0.5, 0.999, {1e-7, 1e-38, 1e38}});
+  const Meeting meeting = row.meet(out[1], Other(out[2], out[3], rule), rule);
   out[0] = meeting.a + moving_average(out[3], meeting.phi, 0.5);
   out[1] = static_cast<double>(order_key(order_state(1, 2, 3, 4), 5));
 }
 
 int main() {  // J = [[-4, 1, 1], [6, 1, 1]]: G = [[18, -22], [-22, 38]]
+  const Rule rule{0.5, 0.999, {1e-7, 1e-38, 1e38}};
   Row row(18);
-  const Meeting meeting = row.meet(-22, 38, 0.5, Rule{0.5, 0.999, {1e-7, 1e-38, 1e38}});
+  const Meeting meeting = row.meet(-22, Other(38, 0.5, rule), rule);
   std::printf("%.17g %.17g %.17g\n", meeting.phi, meeting.a, row.n2);
   std::printf("%llu\n", static_cast<unsigned long long>(order_key(order_state(-5, 3, 10, 1), 2)));
 }

@@ -55,7 +55,7 @@ static void solve(const Turning* rows, int count, const double* G, int64_t T, co
       Row state(0);
       state.n2 = n2[r];
       state.added = added[r];
-      const Meeting meeting = state.meet(v[r], square[r], hat[r], rule);
+      const Meeting meeting = state.meet(v[r], Other(square[r], hat[r], rule), rule);
       n2[r] = state.n2;
       added[r] = state.added;
       phi[r] = meeting.phi;

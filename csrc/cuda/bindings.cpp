@@ -39,7 +39,7 @@ cuda::Plan plan(const py::tuple& t) {
 }
 
 cuda::Scratch scratch(const py::tuple& t) {
-  return {pointer<double>(t[0]), pointer<double>(t[1]), pointer<std::int32_t>(t[2])};
+  return {pointer<double>(t[0]), pointer<double>(t[1]), pointer<double>(t[2]), pointer<std::int32_t>(t[3])};
 }
 
 cuda::Result result(const py::tuple& t) {

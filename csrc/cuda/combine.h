@@ -1,128 +1,146 @@
 // Combine: the weighted sum of the rows, in float64.
 #pragma once
 
+#include <type_traits>
+
 #include "gram.h"
 
 namespace gradvac::cuda {
 
 // The nearest float32 towards zero, its last bit set if that is not the number itself: rounding it to 16 bits then
-// rounds the number.
+// rounds the number. A normal one lacks the last 29 bits, and is told by them: a conversion back would take longer than
+// all the rest.
 __device__ inline float round_to_odd(double x) {
   const float cut = __double2float_rz(x);
-  const std::uint32_t bits = __float_as_uint(cut);
-  const bool exact = static_cast<double>(cut) == x || x != x || (bits & 0x7F800000u) == 0x7F800000u;
+  const std::uint32_t bits = __float_as_uint(cut), exponent = bits & 0x7F800000u;
+  bool exact = (__double_as_longlong(x) & 0x1FFFFFFF) == 0 || exponent == 0x7F800000u;
+  if (exponent == 0) exact = static_cast<double>(cut) == x;
   return __uint_as_float(exact ? bits : bits | 1u);
 }
 
-// Columns column .. column + width - 1 of the result, as far as `end`. `whole`: all are there, at 16 bytes.
-template <int width>
-__device__ inline void store(const Result& out, std::int64_t column, std::int64_t end, bool whole,
-                             const double (&values)[width]) {
-  const auto narrow = [&](auto* p, auto convert) {
-#pragma unroll
-    for (int w = 0; w < width; ++w) {
-      if (column + w < end) p[column + w] = convert(values[w]);
-    }
-  };
-  // `words` of 32 bits, four at once where there are as many
-  const auto wide = [&](void* p, auto words) {
-    constexpr int kWords = sizeof(words) / 4;
-    if constexpr (kWords >= 4) {
-#pragma unroll
-      for (int w = 0; w < kWords; w += 4) {
-        store16(static_cast<std::uint32_t*>(p) + w, words.at[w], words.at[w + 1], words.at[w + 2], words.at[w + 3]);
-      }
-    } else {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) static_cast<std::uint32_t*>(p)[w] = words.at[w];
-    }
-  };
+// Calls `take(pointer to what is stored, conversion to it)` for the type of the result.
+template <class Take>
+__device__ inline void with_result(const Result& out, Take take) {
   if (out.dtype == Dtype::float64) {
-    double* p = static_cast<double*>(out.data);
-    if (!whole) return narrow(p, [](double x) { return x; });
-    struct {
-      std::uint32_t at[2 * width];
-    } words;
-#pragma unroll
-    for (int w = 0; w < width; ++w) {
-      const auto bits = static_cast<unsigned long long>(__double_as_longlong(values[w]));
-      words.at[2 * w] = static_cast<std::uint32_t>(bits);
-      words.at[2 * w + 1] = static_cast<std::uint32_t>(bits >> 32);
-    }
-    wide(p + column, words);
+    take(static_cast<double*>(out.data), [](double x) { return x; });
   } else if (out.dtype == Dtype::float32) {
-    float* p = static_cast<float*>(out.data);
-    if (!whole) return narrow(p, [](double x) { return static_cast<float>(x); });
-    struct {
-      std::uint32_t at[width];
-    } words;
-#pragma unroll
-    for (int w = 0; w < width; ++w) words.at[w] = __float_as_uint(static_cast<float>(values[w]));
-    wide(p + column, words);
+    take(static_cast<float*>(out.data), [](double x) { return static_cast<float>(x); });
+  } else if (out.dtype == Dtype::bfloat16) {
+    take(static_cast<std::uint16_t*>(out.data),
+         [](double x) { return static_cast<std::uint16_t>(float_to_bfloat16(round_to_odd(x))); });
   } else {
-    std::uint16_t* p = static_cast<std::uint16_t*>(out.data);
-    const bool brain = out.dtype == Dtype::bfloat16;
-    const auto convert = [brain](double x) {
-      const float odd = round_to_odd(x);
-      return brain ? float_to_bfloat16(odd) : float_to_half(odd);
-    };
-    if (!whole) return narrow(p, [&](double x) { return static_cast<std::uint16_t>(convert(x)); });
-    struct {
-      std::uint32_t at[width / 2];
-    } words;
-#pragma unroll
-    for (int w = 0; w < width; w += 2) words.at[w / 2] = convert(values[w]) | convert(values[w + 1]) << 16;
-    wide(p + column, words);
+    take(static_cast<std::uint16_t*>(out.data),
+         [](double x) { return static_cast<std::uint16_t>(float_to_half(round_to_odd(x))); });
   }
 }
 
-constexpr int kCombineThreads = 256;
+__device__ inline std::uint32_t word_of(const double* x, int i) {
+  const auto bits = static_cast<unsigned long long>(__double_as_longlong(x[i / 2]));
+  return static_cast<std::uint32_t>(i % 2 == 0 ? bits : bits >> 32);
+}
+__device__ inline std::uint32_t word_of(const float* x, int i) { return __float_as_uint(x[i]); }
+__device__ inline std::uint32_t word_of(const std::uint16_t* x, int i) {
+  return static_cast<std::uint32_t>(x[2 * i]) | static_cast<std::uint32_t>(x[2 * i + 1]) << 16;
+}
 
-// A tile of the result: weights [T] of its group, from an earlier launch. Loads of kAtOnce rows, and of as many columns
-// as make eight loads, but no more than 16 a thread, are under way together.
-template <class E, int kAtOnce>
-__device__ inline void combine_tile(const Rows& rows, const Piece& tile, const double* weights, const Result& out) {
-  constexpr int kSteps = 8 / kAtOnce < 16 / E::kWidth ? 8 / kAtOnce : 16 / E::kWidth;
-  const bool aligned = rows.aligned && out.aligned && tile.begin % 8 == 0;
-  const std::int64_t step = static_cast<std::int64_t>(blockDim.x) * E::kWidth;
-  for (std::int64_t start = tile.begin + static_cast<std::int64_t>(threadIdx.x) * E::kWidth; start < tile.end;
+// Columns column .. column + width - 1 of the result, which begin at 16 bytes or, if they are less, at their size.
+template <int width>
+__device__ inline void store(const Result& out, std::int64_t column, const double (&values)[width]) {
+  with_result(out, [&](auto* p, auto convert) {
+    std::remove_reference_t<decltype(*p)> converted[width];
+#pragma unroll
+    for (int w = 0; w < width; ++w) converted[w] = convert(values[w]);
+    constexpr int kWords = width * static_cast<int>(sizeof(*p)) / 4;
+    auto* words = reinterpret_cast<std::uint32_t*>(p + column);
+    if constexpr (kWords >= 4) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4) {
+        store16(words + i, word_of(converted, i), word_of(converted, i + 1), word_of(converted, i + 2),
+                word_of(converted, i + 3));
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = word_of(converted, i);
+    }
+  });
+}
+
+// What a block makes, of one group.
+struct Tile {
+  std::int64_t group, begin, end;
+};
+__device__ inline Tile load_tile(const Plan& plan, std::int64_t i) {
+  const std::int64_t* row = plan.tiles + 3 * i;
+  return {load_constant(row), load_constant(row + 1), load_constant(row + 2)};
+}
+
+constexpr int kCombineThreads = 128;
+
+// Vectors of a row that make eight loads, of `at_once` rows each, but no more than 16 numbers; one of 16 bits, whose
+// conversions take the time: more blocks of a multiprocessor then.
+template <class E>
+GRADVAC_HD constexpr int steps_of(int at_once) {
+  return E::kWidth == 8 ? 1 : 8 / at_once < 16 / E::kWidth ? 8 / at_once : 16 / E::kWidth;
+}
+template <class E>
+GRADVAC_HD constexpr int blocks_that_combine(int at_once) {
+  return E::kWidth < 8 ? 5 : at_once < 4 ? 8 : 7;
+}
+
+// Columns begin .. stop - 1 of the result, number by number.
+template <class E, class Who, class Weight>
+__device__ inline void combine_numbers(Who who, const Rows& rows, std::int64_t begin, std::int64_t stop,
+                                       Weight weight_of, const Result& out) {
+  for (std::int64_t column = begin + who.thread(); column < stop; column += who.threads()) {
+    double value = 0;
+#pragma unroll 4
+    for (std::int64_t j = 0; j < rows.T; ++j) {
+      value = fma(weight_of(j), static_cast<double>(E::number(load_constant(rows.row<E>(j) + column))), value);
+    }
+    with_result(out, [&](auto* p, auto convert) { p[column] = convert(value); });
+  }
+}
+
+// Columns begin .. stop - 1 of the result, with weight_of(row). Loads of kAtOnce rows and kSteps vectors of each are
+// under way together. What is no whole vector is made number by number.
+template <class E, int kAtOnce, int kSteps, class Who, class Weight>
+__device__ inline void combine_tile(Who who, const Rows& rows, std::int64_t begin, std::int64_t stop, Weight weight_of,
+                                    const Result& out) {
+  const bool aligned = rows.aligned && out.aligned && begin % 8 == 0;
+  const std::int64_t end = aligned ? stop - (stop - begin) % E::kWidth : begin;  // of the vectors
+  const std::int64_t step = static_cast<std::int64_t>(who.threads()) * E::kWidth;
+  for (std::int64_t start = begin + static_cast<std::int64_t>(who.thread()) * E::kWidth; start < end;
        start += kSteps * step) {
-    const bool whole = aligned && start + (kSteps - 1) * step + E::kWidth <= tile.end;
     double values[kSteps][E::kWidth] = {};
     for (std::int64_t first = 0; first < rows.T; first += kAtOnce) {
       Vector vectors[kSteps][kAtOnce];
-      double weight[kAtOnce];
-      const auto load_all = [&](bool at_once) {
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          if (first + u >= rows.T) continue;
-          weight[u] = load_constant(weights + first + u);
+      for (int u = 0; u < kAtOnce; ++u) {
 #pragma unroll
-          for (int s = 0; s < kSteps; ++s) {
-            vectors[s][u] = load_vector<E>(rows.row<E>(first + u), start + s * step, tile.end, at_once);
-          }
+        for (int s = 0; s < kSteps; ++s) {
+          const std::int64_t column = start + s * step;  // where nothing is, 0 is added: branches part the loads
+          vectors[s][u] = first + u < rows.T && column < end ? load_whole<E>(rows.row<E>(first + u) + column)
+                                                             : Vector{{0, 0, 0, 0}};
         }
-      };
-      if (whole) {
-        load_all(true);
-      } else {
-        load_all(false);
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        if (first + u >= rows.T) continue;
+        const double weight = first + u < rows.T ? weight_of(first + u) : 0.0;
 #pragma unroll
         for (int s = 0; s < kSteps; ++s) {
 #pragma unroll
           for (int w = 0; w < E::kWidth; ++w) {
-            values[s][w] = fma(weight[u], static_cast<double>(E::number(vectors[s][u], w)), values[s][w]);
+            values[s][w] = fma(weight, static_cast<double>(E::number(vectors[s][u], w)), values[s][w]);
           }
         }
       }
     }
 #pragma unroll
-    for (int s = 0; s < kSteps; ++s) store(out, start + s * step, tile.end, whole, values[s]);
+    for (int s = 0; s < kSteps; ++s) {
+      if (start + s * step < end) store(out, start + s * step, values[s]);
+    }
   }
+  combine_numbers<E>(who, rows, end, stop, weight_of, out);
 }
 
 }  // namespace gradvac::cuda

@@ -17,6 +17,7 @@ struct Rectangle {
     *other = which % along(right.T, height);
   }
   __device__ const Rows& side(int which) const { return which == 0 ? left : right; }
+  __device__ bool is_diagonal(std::int64_t, std::int64_t) const { return false; }
   __device__ bool has(std::int64_t i, std::int64_t j) const { return i < left.T && j < right.T; }
   __device__ std::int64_t place(std::int64_t i, std::int64_t j) const { return i * right.T + j; }
   __device__ void write(double* C, std::int64_t pair, double sum) const { C[pair] = sum; }
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(M::kThreads, M::kBlocks) measure_cross(CrossTa
 
 template <class E>
 __global__ void __launch_bounds__(kExactThreads) measure_cross_in_double(CrossTask task) {
-  measure_exactly<E>(task.pairs, load_piece(task.plan.pieces, blockIdx.x), task.sums + blockIdx.x * task.pairs.count());
+  measure_exactly<E, kManyPairs, 2>(WholeBlock(), task.pairs, load_piece(task.plan, blockIdx.x),
+                                    task.sums + blockIdx.x * task.pairs.count());
 }
 
 static __global__ void __launch_bounds__(kAddThreads) add_up_cross(CrossTask task) {

@@ -3,6 +3,7 @@
 
 #include "coefficients.h"
 #include "combine.h"
+#include "matrix.h"
 
 namespace gradvac::cuda {
 
@@ -13,79 +14,93 @@ struct Task {
   double* G;
   Vaccine vaccine;
   bool vaccinates;  // else the Gram matrices are all that is wanted
+  bool shows;       // the weights to others, who wait for them
 };
 
-// Shared memory of a block.
-template <class O>
+// Shared memory of who finishes groups.
+template <class P>
 struct Bench {
-  static constexpr int kDoubles = O::kWarps * O::kPairs > O::kThreads ? O::kWarps * O::kPairs : O::kThreads;
-  double sums[kDoubles];
-  double G[O::kRows * O::kRows];
-  double c[O::kRows * O::kRows];
-  double weights[O::kRows];
-  double rows[O::kWarps][4 * O::kRows];  // RowBench
+  double shares[P::kThreads];
+  double G[P::kRows * P::kRows];
+  double c[P::kRows * P::kRows];
+  double rows[P::kWarps][(RowBench::kBytes + 7) / 8 * P::kRows];
   std::int32_t flag;
-  std::int32_t unused[3];
 };
-
-static_assert(sizeof(Bench<Outer<2>>) % 16 == 0 && sizeof(Bench<Outer<4>>) % 16 == 0 &&
-                  sizeof(Bench<Outer<8>>) % 16 == 0,
-              "vectors follow");
 
 // True for all threads if it is for the first one.
-template <class O>
-__device__ inline bool spread(Bench<O>& bench, bool value) {
-  if (threadIdx.x == 0) bench.flag = value;
-  __syncthreads();
+template <class Who, class P>
+__device__ inline bool spread(Who who, Bench<P>& bench, bool value) {
+  if (who.thread() == 0) bench.flag = value;
+  who.sync();
   const bool found = bench.flag != 0;
-  __syncthreads();
+  who.sync();
   return found;
 }
 
-template <class O>
-__device__ inline void finish_group(const Task& task, std::int64_t group, std::int64_t first, std::int64_t last,
-                                    Bench<O>& bench) {
-  const std::int64_t T = task.rows.T;
-  const int thread = static_cast<int>(threadIdx.x);
+template <class P>
+__device__ inline RowBench row_bench(Bench<P>& bench, int warp, std::int64_t T) {
+  static_assert(P::kRows <= P::kWarps, "a warp a row");
+  return RowBench(reinterpret_cast<char*>(bench.rows[warp]), T);
+}
+
+// What can be done before a group is measured. Whether this warp's row may be turned.
+template <class Who, class P>
+__device__ inline bool prepare_group(Who who, const Task& task, std::int64_t group, Bench<P>& bench) {
+  const std::int64_t T = task.rows.T, row = who.warp();
+  return task.vaccinates && row < T &&
+         prepare_row(T, group, row, task.vaccine, row_bench(bench, who.warp(), T), bench.c + row * T);
+}
+
+// From the sums of a group's pieces first .. last - 1 to its matrix and, if the task vaccinates, to its weights.
+template <class Who, class P>
+__device__ inline void finish_group(Who who, const Task& task, std::int64_t group, int first, int last, bool may_turn,
+                                    Bench<P>& bench) {
+  const Triangle pairs{task.rows};
+  const std::int64_t T = task.rows.T, row = who.warp();
   double* G = task.G + group * T * T;
-  add_up(Triangle{task.rows}, task.scratch.sums, first, last, 0, pairs_of(T), bench.sums, G);
+  add_up(who, pairs, task.scratch.sums, first, last, 0, pairs.count(), bench.shares,
+         [&](std::int64_t pair, double sum) {
+           pairs.write(G, pair, sum);
+           pairs.write(bench.G, pair, sum);
+         });
   if (!task.vaccinates) return;
-  for (std::int64_t e = thread; e < T * T; e += O::kThreads) bench.G[e] = load_shared_by_blocks(G + e);
-  __syncthreads();
-  const RowBench row_bench(reinterpret_cast<char*>(bench.rows[warp_of_block()]), T);
-  for (std::int64_t row = warp_of_block(); row < T; row += O::kWarps) {
-    solve_row(bench.G, T, group, row, task.vaccine, row_bench, bench.c + row * T);
-    __syncwarp();
+  if (may_turn) {
+    solve_row(bench.G, T, group, row, may_turn, task.vaccine, row_bench(bench, who.warp(), T), bench.c + row * T);
   }
-  __syncthreads();
-  for (std::int64_t j = thread; j < T; j += O::kThreads) {
+  who.sync();
+  for (std::int64_t j = who.thread(); j < T; j += who.threads()) {
     double weight = 0;
     for (std::int64_t i = 0; i < T; ++i) weight += bench.c[i * T + j];
     task.vaccine.weights[group * T + j] = weight;
+    if (task.shows) show_number(task.scratch.shown + group * T + j, weight);
   }
-  __syncthreads();
+  who.sync();
 }
 
-__device__ inline bool is_short(const Piece& piece, bool is_one_piece) {
-  return is_one_piece && piece.end - piece.begin <= kRun;
+// Counts a piece, whose sums `who` has written, as measured; if it is the last one of its group, finishes the group.
+template <class Who, class P>
+__device__ inline void finish_piece(Who who, const Task& task, const Piece& piece, Bench<P>& bench) {
+  who.sync();
+  const bool finishes = who.thread() == 0 && arrive_last(task.scratch.counters + piece.group, piece.last - piece.first);
+  if (!spread(who, bench, finishes)) return;
+  const bool may_turn = prepare_group(who, task, piece.group, bench);
+  finish_group(who, task, piece.group, piece.first, piece.last, may_turn, bench);
 }
 
-// Measures a piece; if it is the last one of its group to be finished, finishes the group, and says so.
-template <class E, class O, class Keep>
-__device__ inline bool take_piece(const Task& task, std::int64_t index, Bench<O>& bench, Keep keep) {
-  const Piece piece = load_piece(task.plan.pieces, index);
-  const std::int64_t first = load_constant(task.plan.first_piece + piece.group);
-  const std::int64_t last = load_constant(task.plan.first_piece + piece.group + 1);
+// A block measures a piece.
+template <class E, class P>
+__device__ inline void take_piece(const Task& task, std::int64_t index, Bench<P>& bench, double* tiles) {
+  const WholeBlock who;
+  const Piece piece = load_piece(task.plan, index);
   double* sums = task.scratch.sums + index * pairs_of(task.rows.T);
-  if (is_short(piece, last - first == 1)) {
-    measure_exactly<E>(Triangle{task.rows}, piece, sums);
+  if (piece.is_short()) {
+    measure_exactly<E, 2>(who, Triangle{task.rows}, piece, sums);
   } else {
-    measure_outer<E, O>(task.rows, piece, bench.sums, sums, keep);
+    measure_packed<E, P, P::template stretch<E>()>(task.rows, piece, who.warp(), tiles);
+    who.sync();
+    if (who.thread() < pairs_of(task.rows.T)) sums[who.thread()] = sum_of_tiles<P>(tiles, who.thread());
   }
-  const bool finishes = threadIdx.x == 0 && arrive(task.scratch.counters + piece.group) == last - first - 1;
-  if (!spread(bench, finishes)) return false;
-  finish_group(task, piece.group, first, last, bench);
-  return true;
+  finish_piece(who, task, piece, bench);
 }
 
 }  // namespace gradvac::cuda

@@ -1,8 +1,8 @@
 // Gram: the sums of one piece of a group, and what makes them a Gram matrix. Everything here is called by all threads
-// of a block. The order of all additions depends on the type, the number of rows and the group's own columns only.
+// of a team. The order of all additions depends on the type, the number of rows and the group's own columns only.
 #pragma once
 
-#include "rows.h"
+#include "team.h"
 
 namespace gradvac::cuda {
 
@@ -17,11 +17,18 @@ struct Rows {
   }
 };
 
+// Columns of a group, and which of all pieces are the group's: a row of the table of pieces.
 struct Piece {
-  std::int64_t group, begin, end;
+  std::int64_t begin, end;
+  int group, first, last;
+
+  // Few columns make gradients nearly parallel, so that every bit counts.
+  __device__ bool is_short() const { return last - first == 1 && end - begin <= kRun; }
 };
-__device__ inline Piece load_piece(const std::int64_t* table, std::int64_t i) {
-  return {load_constant(table + 3 * i), load_constant(table + 3 * i + 1), load_constant(table + 3 * i + 2)};
+__device__ inline Piece load_piece(const Plan& plan, std::int64_t i) {
+  const std::int64_t* row = plan.pieces + 5 * i;
+  const auto small = [&](int i) { return static_cast<int>(load_constant(row + i)); };
+  return {load_constant(row + 1), load_constant(row + 2), small(0), small(3), small(4)};
 }
 
 GRADVAC_HD constexpr int pairs_of(int rows) { return rows * (rows + 1) / 2; }
@@ -48,6 +55,7 @@ struct Triangle {
     entry_of(which, block, other);
   }
   __device__ const Rows& side(int) const { return rows; }
+  __device__ bool is_diagonal(std::int64_t block, std::int64_t other) const { return block == other; }
   __device__ bool has(std::int64_t i, std::int64_t j) const { return j <= i && i < rows.T; }
   __device__ std::int64_t place(std::int64_t i, std::int64_t j) const { return pairs_of(i) + j; }
   __device__ void write(double* G, std::int64_t pair, double sum) const {
@@ -58,108 +66,22 @@ struct Triangle {
   }
 };
 
-// ---- few rows: outer products in registers
-
-// How T <= rows rows are measured: by `threads` threads, each of which keeps the sums of all pairs.
-template <int rows>
-struct Outer {
-  static constexpr int kRows = rows, kPairs = pairs_of(rows);
-  static constexpr int kThreads = 128;
-  static constexpr int kBlocks = rows <= 8 ? 4 : 2;                  // that a multiprocessor's registers are enough for
-  static constexpr int kAtOnce = rows <= 2 ? 4 : rows <= 4 ? 2 : 1;  // steps whose loads are under way together
-  static constexpr int kWarps = kThreads / kLanes;
-};
-
-template <class E, class O>
-__device__ inline void load_rows(Vector (&vectors)[O::kRows], const Rows& rows, std::int64_t column, std::int64_t end,
-                                 bool whole) {
-  const auto load_all = [&](bool at_once) {
-#pragma unroll
-    for (int i = 0; i < O::kRows; ++i) {
-      vectors[i] = i < rows.T ? load_vector<E>(rows.row<E>(i), column, end, at_once) : Vector{{0, 0, 0, 0}};
-    }
-  };
-  if (whole) {
-    load_all(true);
-  } else {
-    load_all(false);
-  }
-}
-
-template <class E, class O>
-__device__ inline void add_outer(float (&sums)[O::kPairs], const Vector (&vectors)[O::kRows]) {
-#pragma unroll
-  for (int w = 0; w < E::kWidth; ++w) {
-    float x[O::kRows];
-#pragma unroll
-    for (int i = 0; i < O::kRows; ++i) x[i] = E::number(vectors[i], w);
-#pragma unroll
-    for (int i = 0; i < O::kRows; ++i) {
-#pragma unroll
-      for (int j = 0; j <= i; ++j) sums[pairs_of(i) + j] = fmaf(x[i], x[j], sums[pairs_of(i) + j]);
-    }
-  }
-}
-
-// Adds up the products of a piece: runs in float32, their sums in float64. sums [T (T + 1) / 2]; bench: as many doubles
-// as there are warps times O::kPairs, in shared memory. `keep(vectors)` is shown what was read, step by step.
-template <class E, class O, class Keep>
-__device__ inline void measure_outer(const Rows& rows, const Piece& piece, double* bench, double* sums, Keep keep) {
-  constexpr int kStep = O::kThreads * E::kWidth, kLeft = left_of(O::kPairs);
-  constexpr int kAtOnce = O::kAtOnce * kStep <= kRun ? O::kAtOnce : static_cast<int>(kRun / kStep);
-  const int thread = static_cast<int>(threadIdx.x);
-  const bool aligned = rows.aligned && piece.begin % E::kWidth == 0;
-  double totals[kLeft] = {};
-  for (std::int64_t run = piece.begin; run < piece.end; run += kRun) {
-    const std::int64_t stop = run + kRun < piece.end ? run + kRun : piece.end;
-    float products[O::kPairs] = {};
-    for (std::int64_t start = run; start < stop; start += kAtOnce * kStep) {
-      Vector vectors[kAtOnce][O::kRows];
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        const std::int64_t column = start + u * kStep + thread * E::kWidth;
-        load_rows<E, O>(vectors[u], rows, column, stop, aligned && column + E::kWidth <= stop);
-      }
-#pragma unroll
-      for (int u = 0; u < kAtOnce; ++u) {
-        if (start + u * kStep < stop) keep(vectors[u]);
-        add_outer<E, O>(products, vectors[u]);
-      }
-    }
-    add_lanes(products);
-#pragma unroll
-    for (int slot = 0; slot < kLeft; ++slot) totals[slot] += static_cast<double>(products[slot]);
-  }
-#pragma unroll
-  for (int slot = 0; slot < kLeft; ++slot) {
-    const int pair = sum_at<O::kPairs>(slot);
-    if (pair < O::kPairs) bench[warp_of_block() * O::kPairs + pair] = totals[slot];
-  }
-  __syncthreads();
-  for (std::int64_t pair = thread; pair < pairs_of(rows.T); pair += O::kThreads) {
-    double sum = 0;
-    for (int warp = 0; warp < O::kWarps; ++warp) sum += bench[warp * O::kPairs + pair];
-    sums[pair] = sum;
-  }
-  __syncthreads();
-}
-
 // ---- float64 throughout: short groups, whose few columns make gradients nearly parallel, so that every bit counts,
 // and float64 gradients. A warp takes blocks of kBlock x kBlock pairs.
 
-constexpr int kBlock = 4;
+constexpr int kManyPairs = 4;
 
-// `part` of `parts` of the pairs.
-template <class E, class Pairs>
-__device__ inline void measure_exactly(const Pairs& pairs, const Piece& piece, double* sums, std::int64_t part = 0,
-                                       std::int64_t parts = 1) {
+// `part` of `parts` of the pairs, with the loads of kAhead columns a lane under way together.
+template <class E, int kBlock = kManyPairs, int kAhead = 1, class Who, class Pairs>
+__device__ inline void measure_exactly(Who who, const Pairs& pairs, const Piece& piece, double* sums,
+                                       std::int64_t part = 0, std::int64_t parts = 1) {
   const Rows &rows = pairs.side(0), &others = pairs.side(1);
-  const int warps = static_cast<int>(blockDim.x) / kLanes;
-  for (std::int64_t which = part * warps + warp_of_block(); which < pairs.blocks(kBlock); which += parts * warps) {
+  const int warps = who.warps();
+  for (std::int64_t which = part * warps + who.warp(); which < pairs.blocks(kBlock); which += parts * warps) {
     std::int64_t block, other;
     pairs.block_at(which, kBlock, &block, &other);
     double products[kBlock * kBlock] = {};
-#pragma unroll 2
+#pragma unroll kAhead
     for (std::int64_t column = piece.begin + lane_of_warp(); column < piece.end; column += kLanes) {
       double x[kBlock], y[kBlock];
 #pragma unroll
@@ -180,43 +102,43 @@ __device__ inline void measure_exactly(const Pairs& pairs, const Piece& piece, d
     const std::int64_t i = block * kBlock + place / kBlock, j = other * kBlock + place % kBlock;
     if (place < kBlock * kBlock && pairs.has(i, j)) sums[pairs.place(i, j)] = products[0];
   }
-  __syncthreads();
 }
 
 // ---- from the sums of pieces to Gram matrices
 
-// Pairs `begin` .. `end` - 1 of the group's matrix G, from the sums of its pieces, in their order; shares [threads]
-// doubles of shared memory.
-template <class Pairs>
-__device__ inline void add_up(const Pairs& pairs, const double* sums, std::int64_t first, std::int64_t last,
-                              std::int64_t begin, std::int64_t end, double* shares, double* G) {
-  constexpr int kAtOnce = 8;  // loads under way together
-  const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+// Calls `write(pair, sum)` for the pairs `begin` .. `end` - 1 of a group: the sums of its pieces, in their order;
+// shares [threads] doubles of shared memory.
+template <class Who, class Pairs, class Write>
+__device__ inline void add_up(Who who, const Pairs& pairs, const double* sums, std::int64_t first, std::int64_t last,
+                              std::int64_t begin, std::int64_t end, double* shares, Write write) {
+  constexpr int kAtOnce = 16;  // loads under way together: all that this takes is their latency
+  const int thread = who.thread(), threads = who.threads();
   const std::int64_t count = pairs.count();
-  const int together = count < threads ? static_cast<int>(count) : threads, slices = threads / together;
+  const int together = end - begin < threads ? static_cast<int>(end - begin) : threads, slices = threads / together;
   for (std::int64_t start = begin; start < end; start += together) {
-    const std::int64_t pair = start + thread % together;
+    const std::int64_t pair = start + thread % together, stride = slices * count;
     const int slice = thread / together;
     double sum = 0;
     if (pair < end && slice < slices) {
-      for (std::int64_t piece = first + slice; piece < last; piece += kAtOnce * slices) {
+      std::int64_t left = (last - first - slice + slices - 1) / slices;
+      const double* from = sums + (first + slice) * count + pair;
+      for (; left >= kAtOnce; left -= kAtOnce, from += kAtOnce * stride) {
         double parts[kAtOnce];
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          const std::int64_t index = piece + u * slices;
-          parts[u] = index < last ? load_shared_by_blocks(sums + index * count + pair) : 0.0;
-        }
+        for (int u = 0; u < kAtOnce; ++u) parts[u] = from[u * stride];
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) sum += parts[u];
       }
+#pragma unroll 4
+      for (; left > 0; --left, from += stride) sum += *from;
     }
     shares[thread] = sum;
-    __syncthreads();
+    who.sync();
     if (slice == 0 && pair < end) {
       for (int other = 1; other < slices; ++other) sum += shares[other * together + thread];
-      pairs.write(G, pair, sum);
+      write(pair, sum);
     }
-    __syncthreads();
+    who.sync();
   }
 }
 

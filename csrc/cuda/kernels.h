@@ -1,25 +1,27 @@
 // The kernels: what a block of each does.
 #pragma once
 
-#include "matrix.h"
 #include "one_pass.h"
 
 namespace gradvac::cuda {
 
 // ---- few rows: a block a piece, and the last one of each group finishes it
 
-template <class E, class O>
-__global__ void __launch_bounds__(O::kThreads, O::kBlocks) measure_few_rows(Task task) {
-  Bench<O>& bench = *reinterpret_cast<Bench<O>*>(shared_memory());
-  take_piece<E>(task, blockIdx.x, bench, [](const Vector(&)[O::kRows]) {});
+template <class P>
+struct FewRowsMemory {
+  Bench<P> bench;
+  double tiles[P::kWarps * P::kPlaces];
+};
+
+template <class E, class P>
+__global__ void __launch_bounds__(P::kThreads, P::template blocks<E>()) measure_few_rows(Task task) {
+  auto* memory = reinterpret_cast<FewRowsMemory<P>*>(shared_memory());
+  take_piece<E>(task, blockIdx.x, memory->bench, memory->tiles);
 }
 
-template <class E, class O>
-__global__ void __launch_bounds__(O::kThreads, OnePass<E, O>::kBlocks)
-    vaccinate_in_one_pass(Task task, Result out, int slots) {
-  char* memory = shared_memory();
-  Bench<O>& bench = *reinterpret_cast<Bench<O>*>(memory);
-  OnePass<E, O>{task, out, bench, reinterpret_cast<Vector*>(memory + sizeof(Bench<O>)), slots}.run();
+template <class E, class P>
+__global__ void __launch_bounds__(OnePass<E, P>::kThreads, 1) vaccinate_in_one_pass(Task task, Result out, int window) {
+  OnePass<E, P>{task, out, window, *reinterpret_cast<OnePassMemory<P>*>(shared_memory())}.run();
 }
 
 // ---- many rows: a block a piece and block of pairs; then the sums, then a warp a row
@@ -33,7 +35,7 @@ GRADVAC_HD std::int64_t matrices_of(const Pairs& pairs) {
 // Blocks that a piece is given: a short one has work for more than its matrices would take.
 template <class M, class Pairs>
 GRADVAC_HD std::int64_t blocks_of_piece(const Pairs& pairs) {
-  const std::int64_t matrices = matrices_of<M>(pairs), warps = pairs.blocks(kBlock);
+  const std::int64_t matrices = matrices_of<M>(pairs), warps = pairs.blocks(kManyPairs);
   const std::int64_t useful = (warps + M::kWarps - 1) / M::kWarps, most = 16;
   return matrices > most ? matrices : useful < most ? (useful > matrices ? useful : matrices) : most;
 }
@@ -41,12 +43,10 @@ GRADVAC_HD std::int64_t blocks_of_piece(const Pairs& pairs) {
 template <class E, class M, class Pairs>
 __device__ inline void measure_part(const Pairs& pairs, const Plan& plan, double* sums) {
   const std::int64_t parts = blocks_of_piece<M>(pairs), part = blockIdx.x % parts, index = blockIdx.x / parts;
-  const Piece piece = load_piece(plan.pieces, index);
-  const std::int64_t first = load_constant(plan.first_piece + piece.group);
-  const std::int64_t last = load_constant(plan.first_piece + piece.group + 1);
+  const Piece piece = load_piece(plan, index);
   sums += index * pairs.count();
-  if (is_short(piece, last - first == 1)) {
-    measure_exactly<E>(pairs, piece, sums, part, parts);
+  if (piece.is_short()) {
+    measure_exactly<E>(WholeBlock(), pairs, piece, sums, part, parts);
   } else if (part < matrices_of<M>(pairs)) {
     std::int64_t block = 0, other = 0;
     if (M::square) pairs.block_at(part, M::kRows, &block, &other);
@@ -63,22 +63,25 @@ constexpr int kExactThreads = 256;
 
 template <class E>
 __global__ void __launch_bounds__(kExactThreads) measure_in_double(Task task) {
-  const Piece piece = load_piece(task.plan.pieces, blockIdx.x);
-  measure_exactly<E>(Triangle{task.rows}, piece, task.scratch.sums + blockIdx.x * pairs_of(task.rows.T));
+  const Piece piece = load_piece(task.plan, blockIdx.x);
+  measure_exactly<E, kManyPairs, 2>(WholeBlock(), Triangle{task.rows}, piece,
+                                    task.scratch.sums + blockIdx.x * pairs_of(task.rows.T));
 }
 
-constexpr int kAddThreads = 256;
+constexpr int kAddThreads = 256, kAddPairs = 32;
 
-// Blocks that a group's pairs take.
-GRADVAC_HD inline std::int64_t chunks_of(std::int64_t pairs) { return (pairs + kAddThreads - 1) / kAddThreads; }
+// Blocks that a group's pairs take: kAddPairs each, so that many threads share the pieces out.
+GRADVAC_HD inline std::int64_t chunks_of(std::int64_t pairs) { return (pairs + kAddPairs - 1) / kAddPairs; }
 
 template <class Pairs>
 __device__ inline void add_up_chunk(const Pairs& pairs, const Plan& plan, const double* sums, double* G) {
   const std::int64_t count = pairs.count(), group = blockIdx.x / chunks_of(count);
-  const std::int64_t begin = blockIdx.x % chunks_of(count) * kAddThreads, end = begin + kAddThreads;
-  add_up(pairs, sums, load_constant(plan.first_piece + group), load_constant(plan.first_piece + group + 1), begin,
-         end < count ? end : count, reinterpret_cast<double*>(shared_memory()),
-         G + group * pairs.side(0).T * pairs.side(1).T);
+  const std::int64_t begin = blockIdx.x % chunks_of(count) * kAddPairs, end = begin + kAddPairs;
+  double* matrix = G + group * pairs.side(0).T * pairs.side(1).T;
+  add_up(WholeBlock(), pairs, sums, load_constant(plan.first_piece + group),
+         load_constant(plan.first_piece + group + 1), begin, end < count ? end : count,
+         reinterpret_cast<double*>(shared_memory()),
+         [&](std::int64_t pair, double sum) { pairs.write(matrix, pair, sum); });
 }
 
 static __global__ void __launch_bounds__(kAddThreads) add_up_groups(Task task) {
@@ -90,11 +93,13 @@ static __global__ void __launch_bounds__(kLanes)
     solve_rows(const double* G, std::int64_t T, Vaccine vaccine, Scratch scratch) {
   const std::int64_t group = blockIdx.x / T, row = blockIdx.x % T;
   double* c = scratch.rows + group * T * T;
-  solve_row(G + group * T * T, T, group, row, vaccine, RowBench(shared_memory(), T), c + row * T);
+  const RowBench bench(shared_memory(), T);
+  const bool may_turn = prepare_row(T, group, row, vaccine, bench, c + row * T);
+  solve_row(G + group * T * T, T, group, row, may_turn, vaccine, bench, c + row * T);
   __syncwarp();
-  std::int32_t arrived = 0;
-  if (lane_of_warp() == 0) arrived = arrive(scratch.counters + group);
-  if (__shfl_sync(0xFFFFFFFFu, arrived, 0) != T - 1) return;
+  int is_last = 0;
+  if (lane_of_warp() == 0) is_last = arrive_last(scratch.counters + group, T);
+  if (__shfl_sync(0xFFFFFFFFu, is_last, 0) == 0) return;
   __syncwarp();
   for (std::int64_t j = lane_of_warp(); j < T; j += kLanes) {
     double weight = 0;
@@ -106,10 +111,12 @@ static __global__ void __launch_bounds__(kLanes)
 // ---- combine: a block a tile
 
 template <class E, int kAtOnce>
-__global__ void __launch_bounds__(kCombineThreads, 2)
+__global__ void __launch_bounds__(kCombineThreads, blocks_that_combine<E>(kAtOnce))
     combine_rows(Rows rows, Plan plan, const double* weights, Result out) {
-  const Piece tile = load_piece(plan.tiles, blockIdx.x);
-  combine_tile<E, kAtOnce>(rows, tile, weights + tile.group * rows.T, out);
+  const Tile tile = load_tile(plan, blockIdx.x);
+  const double* of_group = weights + tile.group * rows.T;
+  combine_tile<E, kAtOnce, steps_of<E>(kAtOnce)>(
+      WholeBlock(), rows, tile.begin, tile.end, [&](std::int64_t j) { return load_constant(of_group + j); }, out);
 }
 
 }  // namespace gradvac::cuda

@@ -18,27 +18,16 @@ constexpr std::int64_t kMostBlocks = 0x7FFFFFFF;
 Rows rows_of(const Buffer& grads) { return {grads.data, grads.T, grads.row_stride, grads.aligned}; }
 
 // How many rows are few: their outer products fit the registers, and memory is what takes the time.
-constexpr std::int64_t kFewRows16 = 8, kFewRows32 = 16;
-constexpr std::int64_t kOnePassRows = 8;  // and what else one pass has to remember
+constexpr std::int64_t kFewRows = 8;
 
-bool has_few_rows(const Buffer& grads) {
-  switch (grads.dtype) {
-    case Dtype::float32: return grads.T <= kFewRows32;
-    case Dtype::float64: return false;
-    default: return grads.T <= kFewRows16;
-  }
-}
+bool has_few_rows(const Buffer& grads) { return grads.T <= kFewRows && grads.dtype != Dtype::float64; }
 
-// Calls `take(Outer<rows>)` for the smallest that holds T, which is at most `most`.
-template <std::int64_t most, class Take>
-Error with_outer(std::int64_t T, Take take) {
-  if (T <= 2) return take(Outer<2>());
-  if (T <= 4) return take(Outer<4>());
-  if constexpr (most > 8) {
-    if (T > 12) return take(Outer<16>());
-    if (T > 8) return take(Outer<12>());
-  }
-  return take(Outer<8>());
+// Calls `take(Packed<rows>)` for the smallest that holds T, which is at most kFewRows.
+template <class Take>
+Error with_packed(std::int64_t T, Take take) {
+  if (T <= 2) return take(Packed<2>());
+  if (T <= 4) return take(Packed<4>());
+  return take(Packed<8>());
 }
 
 // Calls `take(Element)` for the type of the rows.
@@ -58,10 +47,10 @@ Error measure_few(const Buffer& grads, const Task& task, Stream stream) {
     if constexpr (E::kWidth == 2) {
       return 0;  // float64 has no few rows
     } else {
-      return with_outer<sizeof(typename E::Stored) == 4 ? kFewRows32 : kFewRows16>(grads.T, [&](auto outer) -> Error {
-        using O = decltype(outer);
-        return launch(measure_few_rows<E, O>, {task.plan.num_pieces, O::kThreads, sizeof(Bench<O>), false, stream},
-                      task);
+      return with_packed(grads.T, [&](auto packed) -> Error {
+        using P = decltype(packed);
+        return launch(measure_few_rows<E, P>,
+                      {task.plan.num_pieces, P::kThreads, sizeof(FewRowsMemory<P>), false, stream}, task);
       });
     }
   });
@@ -82,7 +71,6 @@ Error measure_many(const Buffer& grads, const Task& task, Stream stream) {
     } else {
       if (grads.T <= 16) return measure_blocks<E, Matrix<2, false>>(task, stream);
       if (grads.T <= 32) return measure_blocks<E, Matrix<4, false>>(task, stream);
-      if (grads.T <= 64) return measure_blocks<E, Matrix<8, false>>(task, stream);
       return measure_blocks<E, Matrix<4, true>>(task, stream);
     }
   }));
@@ -98,11 +86,16 @@ Error measure_cross_blocks(const CrossTask& task, Stream stream) {
   return launch(measure_cross<E, M>, {count, M::kThreads, M::kShared, false, stream}, task);
 }
 
+// Of the second-level cache: columns that wait there to be combined share it with those that are being measured, and
+// each half of it holds what the multiprocessors beside it have read.
+constexpr int kWindowShare = 2;
+
 // Whether a launch has anything to do.
 bool is_empty(const Buffer& grads, const Plan& plan) { return plan.K == 0 || grads.T == 0; }
 
-Error clear_counters(const Scratch& scratch, std::int64_t count, Stream stream) {
-  return static_cast<Error>(clear(scratch.counters, count, stream));
+// Before the first block arrives.
+Error begin_counting(const Scratch& scratch, std::int64_t K, Stream stream) {
+  return static_cast<Error>(set_all_bits(scratch.counters, K * sizeof(*scratch.counters), stream));
 }
 
 }  // namespace
@@ -113,9 +106,9 @@ Error use_device(int device) { return static_cast<Error>(set_device(device)); }
 
 Error gram(const Buffer& grads, const Plan& plan, const Scratch& scratch, double* G, Stream stream) {
   if (is_empty(grads, plan)) return 0;
-  const Task task{rows_of(grads), plan, scratch, G, {}, false};
+  const Task task{rows_of(grads), plan, scratch, G, {}, false, false};
   if (!has_few_rows(grads)) return measure_many(grads, task, stream);
-  GRADVAC_TRY(clear_counters(scratch, plan.K, stream));
+  GRADVAC_TRY(begin_counting(scratch, plan.K, stream));
   return measure_few(grads, task, stream);
 }
 
@@ -140,7 +133,7 @@ Error coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccin
                    Stream stream) {
   if (K == 0 || T == 0) return 0;
   if (K * T > kMostBlocks) return kTooMany;
-  GRADVAC_TRY(clear_counters(scratch, K, stream));
+  GRADVAC_TRY(begin_counting(scratch, K, stream));
   return launch(solve_rows, {K * T, kLanes, static_cast<std::size_t>(RowBench::bytes(T)), false, stream}, G, T, vaccine,
                 scratch);
 }
@@ -158,45 +151,44 @@ Error combine(const Buffer& grads, const double* weights, const Plan& plan, cons
 }
 
 bool has_one_pass(const Buffer& grads, const Result& out) {
-  return has_few_rows(grads) && grads.T <= kOnePassRows && grads.aligned && out.aligned;
+  return has_few_rows(grads) && grads.aligned && out.aligned;
 }
 
 Error vaccinate(const Buffer& grads, const Plan& plan, const Vaccine& vaccine, const Scratch& scratch, double* G,
                 const Result& out, Path path, Stream stream) {
   if (is_empty(grads, plan)) return 0;
-  const Task task{rows_of(grads), plan, scratch, G, vaccine, true};
+  const Task task{rows_of(grads), plan, scratch, G, vaccine, true, has_few_rows(grads) && path == Path::one_pass};
   if (!has_few_rows(grads)) {
     GRADVAC_TRY(measure_many(grads, task, stream));
     GRADVAC_TRY(coefficients(G, plan.K, grads.T, vaccine, scratch, stream));
     return combine(grads, vaccine.weights, plan, out, stream);
   }
   if (path == Path::two_passes) {
-    GRADVAC_TRY(clear_counters(scratch, plan.K, stream));
+    GRADVAC_TRY(begin_counting(scratch, plan.K, stream));
     GRADVAC_TRY(measure_few(grads, task, stream));
     return combine(grads, vaccine.weights, plan, out, stream);
   }
   Machine machine;
   GRADVAC_TRY(examine(&machine));
-  GRADVAC_TRY(clear_counters(scratch, 2 * plan.K, stream));
+  const std::int64_t shown = plan.K * grads.T;  // and the counters behind them
+  GRADVAC_TRY(set_all_bits(scratch.shown, shown * sizeof(double) + plan.K * sizeof(std::int32_t), stream));
   return with_element(grads.dtype, [&](auto element) -> Error {
     using E = decltype(element);
     if constexpr (E::kWidth == 2) {
       return 0;
     } else {
-      return with_outer<kOnePassRows>(grads.T, [&](auto outer) -> Error {
-        using O = decltype(outer);
-        // What a multiprocessor has is shared by its blocks, and 1 KiB of each block's share is the system's.
-        const std::int64_t share = std::min<std::int64_t>(
-            machine.shared_per_block, machine.shared_per_multiprocessor / OnePass<E, O>::kBlocks - 1024);
-        const std::int64_t step = grads.T * O::kThreads * static_cast<std::int64_t>(sizeof(Vector));
-        const std::int64_t slots =
-            std::max<std::int64_t>(0, share - static_cast<std::int64_t>(sizeof(Bench<O>))) / step;
-        const std::size_t shared = sizeof(Bench<O>) + slots * step;
+      return with_packed(grads.T, [&](auto packed) -> Error {
+        using P = decltype(packed);
         int resident = 0;
-        GRADVAC_TRY(occupancy(&resident, vaccinate_in_one_pass<E, O>, O::kThreads, shared));
+        GRADVAC_TRY(
+            occupancy(&resident, vaccinate_in_one_pass<E, P>, OnePass<E, P>::kThreads, sizeof(OnePassMemory<P>)));
         const std::int64_t blocks = std::min<std::int64_t>(plan.num_pieces, resident * machine.multiprocessors);
-        return launch(vaccinate_in_one_pass<E, O>, {blocks, O::kThreads, shared, true, stream}, task, out,
-                      static_cast<int>(slots));
+        if (blocks == 0) return kTooMany;
+        const std::int64_t row_bytes = blocks * static_cast<std::int64_t>(sizeof(typename E::Stored));
+        const std::int64_t window = machine.cache / kWindowShare / (row_bytes * grads.T);
+        return launch(vaccinate_in_one_pass<E, P>,
+                      {blocks, OnePass<E, P>::kThreads, sizeof(OnePassMemory<P>), true, stream}, task, out,
+                      static_cast<int>(window));
       });
     }
   });

@@ -1,16 +1,13 @@
-// Gram of many rows: products by matrix units, mma.m16n8k16, with fragments loaded straight from the rows.
+// Gram: products by matrix units, mma.m16n8k16, with fragments loaded straight from the rows.
 //
 // Matrix units cut off what they add up instead of rounding it: they add up no more than 16 columns, and those sums are
-// added in float32 over a few, and in float64 across. float32 is split into three bfloat16; what the six products that
-// count leave out is below 2^-24.
+// added in float32 over at most 8, and in float64 across. float32 is split into three bfloat16; what the six products
+// that count leave out is below 2^-24.
 #pragma once
 
 #include "gram.h"
 
 namespace gradvac::cuda {
-
-// Columns after which float64 takes over: chains of 8 in float32. Of 32, in a group of few runs, 1e-7 is not kept.
-constexpr std::int64_t kMatrixRun = 1024;
 
 // A lane's share of 8 rows x 16 columns: of row lane / 4, the four columns from 4 (lane % 4) on. As both factors hold
 // the same columns in the same places, it does not matter which ones the unit takes them for.
@@ -79,60 +76,160 @@ __device__ inline void split<Float32>(const Vector& v, Fragment<Float32> (&fragm
   }
 }
 
-// A block of kRows x kRows pairs: rows and others, each `blocks` times 8. On the diagonal (and not `square`) its lower
-// triangle is enough.
+// ---- few rows: one tile of 8 rows
+
+// T <= kRows rows. Where they are less than 8, the tile holds kGroups stretches of columns of each; of the products,
+// those of two different stretches are of no use.
+template <int rows>
+struct Packed {
+  static constexpr int kRows = rows, kGroups = 8 / rows;
+  static constexpr int kThreads = rows == 8 ? 256 : 128, kWarps = kThreads / kLanes;
+  static constexpr int kPlaces = 64;  // of a tile: its row times 8, and its column
+  // Vectors that a warp adds up of a row before another one goes on; their loads may all be under way together.
+  template <class E>
+  GRADVAC_HD static constexpr int stretch() {
+    return rows == 8 && E::kWidth == 8 ? 16 : 8;
+  }
+  // Blocks of a multiprocessor.
+  template <class E>
+  GRADVAC_HD static constexpr int blocks() {
+    return (stretch<E>() == 16 ? 512 : 768) / kThreads;
+  }
+};
+
+// What warp `warp` of P::kWarps adds up of a piece, into its share of tiles [P::kWarps, P::kPlaces]. Loads of kAtOnce
+// vectors are under way together.
+template <class E, class P, int kAtOnce>
+__device__ inline void measure_packed(const Rows& rows, const Piece& piece, int warp, double* tiles) {
+  constexpr int kParts = E::kWidth / 4, kStep = 4 * P::kGroups * E::kWidth;
+  constexpr int kStretch = P::template stretch<E>() * kStep, kChain = 8 / kParts;
+  const int lane = lane_of_warp(), row = lane / 4 / P::kGroups;
+  const int column = (lane / 4 % P::kGroups * 4 + lane % 4) * E::kWidth;
+  const int length = static_cast<int>(piece.end - piece.begin);
+  const bool aligned = rows.aligned && piece.begin % E::kWidth == 0, is_there = row < rows.T;
+  const typename E::Stored* numbers = rows.row<E>(is_there ? row : 0) + piece.begin + column;
+  double totals[2] = {0, 0};
+  for (int start = warp * kStretch; start < length; start += P::kWarps * kStretch) {
+    float products[2];
+    const auto load = [&](int u, bool whole) {
+      return is_there ? load_vector<E>(numbers, start + u * kStep, length - column, whole) : Vector{{0, 0, 0, 0}};
+    };
+    const auto multiply = [&](const Vector& vector) {
+      Fragment<E> fragments[kParts];
+      split<E>(vector, fragments);
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        float found[4] = {0, 0, 0, 0};
+        Fragment<E>::add(found, fragments[part], Fragment<E>{}, fragments[part]);
+        products[0] += found[0];
+        products[1] += found[1];
+      }
+    };
+    const auto add_chain = [&] {
+      totals[0] += static_cast<double>(products[0]);
+      totals[1] += static_cast<double>(products[1]);
+    };
+    const bool whole = aligned && start + kStretch <= length;
+#pragma unroll 1
+    for (int first = 0; first < P::template stretch<E>(); first += kAtOnce) {
+      if (whole) {
+        Vector vectors[kAtOnce];
+#pragma unroll
+        for (int u = 0; u < kAtOnce; ++u) vectors[u] = load(first + u, true);
+#pragma unroll
+        for (int chain = 0; chain < kAtOnce; chain += kChain) {
+          products[0] = products[1] = 0;
+#pragma unroll
+          for (int u = chain; u < chain + kChain; ++u) multiply(vectors[u]);
+          add_chain();
+        }
+      } else {  // narrow loads, and no more than the registers hold
+#pragma unroll 1
+        for (int chain = 0; chain < kAtOnce; chain += kChain) {
+          products[0] = products[1] = 0;
+#pragma unroll 1
+          for (int u = chain; u < chain + kChain; ++u) multiply(load(first + u, false));
+          add_chain();
+        }
+      }
+    }
+  }
+  for (int e = 0; e < 2; ++e) tiles[warp * P::kPlaces + 2 * lane + e] = totals[e];  // where the unit leaves them
+}
+
+// Pair `pair` of the rows, from the tiles of all warps: tiles [P::kWarps, P::kPlaces].
+template <class P>
+__device__ inline double sum_of_tiles(const double* tiles, std::int64_t pair) {
+  std::int64_t i, j;
+  entry_of(pair, &i, &j);
+  double sum = 0;
+  for (int group = 0; group < P::kGroups; ++group) {
+    const std::int64_t place = (i * P::kGroups + group) * 8 + j * P::kGroups + group;
+    for (int warp = 0; warp < P::kWarps; ++warp) sum += tiles[warp * P::kPlaces + place];
+  }
+  return sum;
+}
+
+// ---- many rows
+
+// A block of kRows x kRows pairs: rows and others, each `blocks` times 8. Where it is not `square`, it lies on the
+// diagonal, and its lower triangle is enough.
 template <int blocks_, bool square_>
 struct Matrix {
   static constexpr int blocks = blocks_, kRows = 8 * blocks;
   static constexpr bool square = square_;
-  static constexpr int kThreads = 256, kWarps = kThreads / kLanes;
-  // of a multiprocessor; 0: as many as fit
-  static constexpr int kBlocks = square ? (blocks <= 2 ? 2 : 1) : blocks <= 4 ? 2 : 0;
+  static constexpr int kSides = square ? 2 : 1, kVectors = kSides * blocks;
+  static constexpr int kThreads = 128, kWarps = kThreads / kLanes;
+  static constexpr int kAtOnce = 8 / kVectors;  // steps whose loads are under way together
+  // of a multiprocessor
+  static constexpr int kBlocks = blocks > 2 ? (square ? 2 : 3) : square ? 4 : 5;
   // columns of 8 in the strip `strip` of 16 rows, and the tiles before it
   GRADVAC_HD static constexpr int width(int strip) { return square ? blocks : 2 * strip + 2; }
   GRADVAC_HD static constexpr int before(int strip) { return square ? blocks * strip : strip * (strip + 1); }
   static constexpr int kTiles = square ? blocks * blocks / 2 : (blocks / 2) * (blocks / 2 + 1);
-  static_assert(kTiles % 2 == 0, "added up in halves");
-  static constexpr int kSums = kTiles * 4 * kLanes, kHalf = kSums / 2;  // of a warp
-  static constexpr std::size_t kShared = sizeof(double) * kSums + sizeof(float) * kWarps * kHalf;
+  static constexpr int kSums = kTiles * 4 * kLanes;  // of a warp
+  static constexpr std::size_t kShared = sizeof(double) * kWarps * kSums;
 };
 
-// Adds up the products of a piece of rows kRows block ... and kRows other ...; bench M::kShared bytes.
+// Adds up the products of a piece of rows kRows block ... and kRows other ...; bench M::kShared bytes. A warp takes
+// whole lines of every row: kAtOnce steps of 4 vectors, one beside the other.
 template <class E, class M, class Pairs>
 __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, std::int64_t block, std::int64_t other,
                                       char* bench, double* sums) {
-  constexpr int kStep = M::kWarps * 4 * E::kWidth, kParts = E::kWidth / 4, kSides = M::square ? 2 : 1;
+  constexpr int kParts = E::kWidth / 4, kStep = 4 * E::kWidth, kStride = M::kWarps * M::kAtOnce * kStep;
+  constexpr int kChain = 8 / kParts < M::kAtOnce ? 8 / kParts : M::kAtOnce;  // steps that are added up in float32
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp(), warp = warp_of_block();
   const bool aligned = pairs.side(0).aligned && pairs.side(1).aligned && piece.begin % E::kWidth == 0;
-  double* totals = reinterpret_cast<double*>(bench);                    // [kSums], each place one thread's
-  float* found_by_warps = reinterpret_cast<float*>(totals + M::kSums);  // [kWarps][kHalf]
-  for (int place = thread; place < M::kSums; place += M::kThreads) totals[place] = 0;
-  for (std::int64_t run = piece.begin; run < piece.end; run += kMatrixRun) {
-    const std::int64_t stop = run + kMatrixRun < piece.end ? run + kMatrixRun : piece.end;
-    float products[M::kTiles][4] = {};
-#pragma unroll 1
-    for (std::int64_t start = run; start < stop; start += kStep) {
-      const std::int64_t column = start + (warp * 4 + lane % 4) * E::kWidth;
-      const bool whole = aligned && column + E::kWidth <= stop;
-      Fragment<E> fragments[kSides][M::blocks][kParts];
+  const bool one_side = M::square && pairs.is_diagonal(block, other);
+  double totals[M::kTiles][4] = {};
+  for (std::int64_t start = piece.begin; start < piece.end; start += kStride) {
+    const std::int64_t first = start + (warp * M::kAtOnce * 4 + lane % 4) * E::kWidth;
+    float products[M::kTiles][4];
+    Vector vectors[M::kAtOnce][M::kSides][M::blocks];
+    const auto load_step = [&](int u, int place, bool whole) {
 #pragma unroll
-      for (int side = 0; side < kSides; ++side) {
+      for (int side = 0; side < M::kSides; ++side) {
         const Rows& rows = pairs.side(side);
-        Vector vectors[M::blocks];
-        const auto load_all = [&](bool at_once) {
 #pragma unroll
-          for (int b = 0; b < M::blocks; ++b) {
-            const std::int64_t row = (side == 0 ? block : other) * M::kRows + 8 * b + lane / 4;
-            vectors[b] = row < rows.T ? load_vector<E>(rows.row<E>(row), column, stop, at_once) : Vector{{0, 0, 0, 0}};
-          }
-        };
-        if (whole) {
-          load_all(true);
-        } else {
-          load_all(false);
+        for (int b = 0; b < M::blocks; ++b) {
+          const std::int64_t row = (side == 0 ? block : other) * M::kRows + 8 * b + lane / 4;
+          const bool is_there = row < rows.T && !(side == 1 && one_side);
+          vectors[place][side][b] =
+              is_there ? load_vector<E>(rows.row<E>(row), first + u * kStep, piece.end, whole) : Vector{{0, 0, 0, 0}};
         }
+      }
+    };
+    const auto multiply_step = [&](int place) {
+      Fragment<E> fragments[M::kSides][M::blocks][kParts];
 #pragma unroll
-        for (int b = 0; b < M::blocks; ++b) split<E>(vectors[b], fragments[side][b]);
+      for (int side = 0; side < M::kSides; ++side) {
+#pragma unroll
+        for (int b = 0; b < M::blocks; ++b) {
+          Vector v = vectors[place][side][b];
+#pragma unroll
+          for (int w = 0; w < 4; ++w) v.words[w] = one_side ? vectors[place][0][b].words[w] : v.words[w];
+          split<E>(v, fragments[side][b]);
+        }
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -142,32 +239,57 @@ __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, st
           for (int b = 0; b < M::width(strip); ++b) {
             float found[4] = {0, 0, 0, 0};
             Fragment<E>::add(found, fragments[0][2 * strip][part], fragments[0][2 * strip + 1][part],
-                             fragments[kSides - 1][b][part]);
+                             fragments[M::kSides - 1][b][part]);
 #pragma unroll
             for (int e = 0; e < 4; ++e) products[M::before(strip) + b][e] += found[e];
           }
         }
       }
-    }
+    };
+    const auto begin_chain = [&] {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {  // of the tiles: less shared memory
+      for (int tile = 0; tile < M::kTiles; ++tile) {
 #pragma unroll
-      for (int tile = 0; tile < M::kTiles / 2; ++tile) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          found_by_warps[warp * M::kHalf + (tile * 4 + e) * kLanes + lane] = products[half * M::kTiles / 2 + tile][e];
-        }
+        for (int e = 0; e < 4; ++e) products[tile][e] = 0;
       }
-      __syncthreads();
+    };
+    const auto add_chain = [&] {
+#pragma unroll
+      for (int tile = 0; tile < M::kTiles; ++tile) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) totals[tile][e] += static_cast<double>(products[tile][e]);
+      }
+    };
+    if (aligned && start + kStride <= piece.end) {
+#pragma unroll
+      for (int u = 0; u < M::kAtOnce; ++u) load_step(u, u, true);
+#pragma unroll
+      for (int chain = 0; chain < M::kAtOnce; chain += kChain) {
+        begin_chain();
+#pragma unroll
+        for (int u = chain; u < chain + kChain; ++u) multiply_step(u);
+        add_chain();
+      }
+    } else {  // narrow loads, and no more than the registers hold
 #pragma unroll 1
-      for (int place = thread; place < M::kHalf; place += M::kThreads) {
-        double total = totals[half * M::kHalf + place];
-        for (int w = 0; w < M::kWarps; ++w) total += static_cast<double>(found_by_warps[w * M::kHalf + place]);
-        totals[half * M::kHalf + place] = total;
+      for (int chain = 0; chain < M::kAtOnce; chain += kChain) {
+        begin_chain();
+#pragma unroll 1
+        for (int u = chain; u < chain + kChain; ++u) {
+          load_step(u, 0, false);
+          multiply_step(0);
+        }
+        add_chain();
       }
-      __syncthreads();
     }
   }
+  double* found_by_warps = reinterpret_cast<double*>(bench);  // [kWarps][kSums]
+#pragma unroll
+  for (int tile = 0; tile < M::kTiles; ++tile) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) found_by_warps[warp * M::kSums + (tile * 4 + e) * kLanes + lane] = totals[tile][e];
+  }
+  __syncthreads();
   // place: tile, e, lane; the unit gives row lane / 4 (+ 8 from e = 2 on) and column 2 (lane % 4) + e % 2 of a tile
   for (int place = thread; place < M::kSums; place += M::kThreads) {
     const int tile = place / (4 * kLanes), e = place / kLanes % 4;
@@ -175,7 +297,10 @@ __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, st
     while (M::before(strip + 1) <= tile) ++strip;
     const std::int64_t i = block * M::kRows + 16 * strip + 8 * (e / 2) + lane / 4;
     const std::int64_t j = other * M::kRows + 8 * (tile - M::before(strip)) + 2 * (lane % 4) + e % 2;
-    if (pairs.has(i, j)) sums[pairs.place(i, j)] = totals[place];
+    if (!pairs.has(i, j)) continue;
+    double sum = 0;
+    for (int w = 0; w < M::kWarps; ++w) sum += found_by_warps[w * M::kSums + place];
+    sums[pairs.place(i, j)] = sum;
   }
 }
 

@@ -1,136 +1,225 @@
 // One pass: a persistent launch that combines a group while its columns are still on the chip.
 //
-// All blocks are resident. Piece p belongs to block p mod blocks, which measures its pieces in order and keeps the
-// vectors that it read last in shared memory, each thread its own. As soon as a group's weights are there, the block
-// combines its pieces of that group, the last ones first: from what it kept or, where that was overwritten, from the
-// buffer, which the second-level cache may still hold. A block waits for others only when it has measured all its
-// pieces; the others then need nothing from it.
+// All blocks are resident. Piece p belongs to block p mod blocks, and group k to block k mod blocks. In each block,
+// some warps measure its pieces, in order; some wait for its groups to be measured and solve them; and some combine its
+// pieces, group by group, the last ones first: from the caches of the multiprocessor that read them, and of the chip.
+// Those who measure are never further ahead of those who combine than the caches reach, but for the rest of a group.
+// Nobody waits for a later group, so the earliest one that is not combined always goes on.
+//
+// What takes the time is not the work but the latency of each step of it. So the warps of a block do not wait for each
+// other: they measure into one of several slots, take turns in counting the pieces that are there, and ask for the next
+// piece before they go on with this one. That the block which counts the last piece of a group solved it would not do:
+// it would fall behind, and count the last piece of the next group as well.
 #pragma once
 
 #include "few_rows.h"
 
 namespace gradvac::cuda {
 
-template <class E, class O>
+constexpr int kSlots = 8;           // pieces that are measured and not counted
+constexpr int kCombiningWarps = 8;  // of a block
+
+// Shared memory of a block. Counters count from the start.
+template <class P>
+struct OnePassMemory {
+  Bench<P> bench;
+  double tiles[kSlots][P::kWarps * P::kPlaces];
+  double weights[kCombiningWarps][P::kRows];
+  std::int32_t filled[kSlots];   // warps that have measured their share of the piece there
+  std::int32_t counted[kSlots];  // pieces there that were counted
+  std::int32_t combined;         // columns
+  std::int32_t next_group;       // to be combined
+};
+
+template <class E, class P>
 struct OnePass {
-  static constexpr int kStep = O::kThreads * E::kWidth;  // columns
-  static constexpr int kBlocks = 3;                      // of a multiprocessor: more to remember than in two passes
-  static_assert(kRun % kStep == 0, "a run is whole steps");
+  using Measuring = Team<1, 0, P::kWarps>;
+  using Solving = Team<2, P::kWarps, P::kWarps>;
+  using Combining = Team<3, 2 * P::kWarps, kCombiningWarps>;
+  static constexpr int kThreads = (2 * P::kWarps + kCombiningWarps) * kLanes;
 
   const Task& task;
   const Result& out;
-  Bench<O>& bench;
-  Vector* kept;    // [slots][T][threads]
-  int slots;       // steps
-  int steps = 0;   // measured and shown to `keep` so far; step s is in slot s % slots until s + slots
-  int before = 0;  // of those, how many lie in groups that were combined
+  int window;  // columns of a block that the caches hold
+  OnePassMemory<P>& memory;
 
-  __device__ Vector* place(int step) const {
-    return kept + step % slots * static_cast<int>(task.rows.T) * O::kThreads + threadIdx.x;
-  }
+  __device__ int pieces() const { return static_cast<int>(task.plan.num_pieces); }
 
-  __device__ void measure(int index) {
-    const bool finished = take_piece<E>(task, index, bench, [&](const Vector(&vectors)[O::kRows]) {
-      if (slots > 0) {
-        Vector* p = place(steps);
-#pragma unroll
-        for (int i = 0; i < O::kRows; ++i) {
-          if (i < task.rows.T) p[i * O::kThreads] = vectors[i];
-        }
-      }
-      ++steps;
-    });
-    if (finished && threadIdx.x == 0)
-      publish(ready(load_constant(task.plan.pieces + 3 * static_cast<std::int64_t>(index))));
-  }
-
-  __device__ std::int32_t* ready(std::int64_t group) const { return task.scratch.counters + task.plan.K + group; }
-
-  __device__ void combine_step(const Piece& piece, int k, const Vector* from) const {
-    const std::int64_t column = piece.begin + (static_cast<std::int64_t>(k) * kStep + threadIdx.x * E::kWidth);
-    if (column >= piece.end) return;
-    const bool fits = column + E::kWidth <= piece.end && piece.begin % 8 == 0;
-    double values[E::kWidth] = {};
-    Vector vectors[O::kRows];
-    if (from == nullptr) {
-      load_rows<E, O>(vectors, task.rows, column, piece.end, fits && task.rows.aligned);
-    } else {
-#pragma unroll
-      for (int i = 0; i < O::kRows; ++i) {
-        if (i < task.rows.T) vectors[i] = from[i * O::kThreads];
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < O::kRows; ++i) {
-      if (i < task.rows.T) {
-#pragma unroll
-        for (int w = 0; w < E::kWidth; ++w) {
-          values[w] = fma(bench.weights[i], static_cast<double>(E::number(vectors[i], w)), values[w]);
-        }
-      }
-    }
-    store(out, column, piece.end, fits && out.aligned, values);
-  }
-
-  // This block's pieces of a group whose weights are there.
-  __device__ void combine(int group, int first_own, int last_own, bool is_one_piece) {
-    const int T = static_cast<int>(task.rows.T), blocks = static_cast<int>(gridDim.x);
-    for (int j = threadIdx.x; j < T; j += O::kThreads) {
-      // No thread still reads the last ones: all have met since, in `spread`.
-      bench.weights[j] = load_shared_by_blocks(task.vaccine.weights + static_cast<std::int64_t>(group) * T + j);
-    }
-    __syncthreads();
-    int end = before;
-    for (int index = first_own; index <= last_own; index += blocks) {
-      const Piece piece = load_piece(task.plan.pieces, index);
-      if (!is_short(piece, is_one_piece)) end += steps_of(piece);
-    }
-    int step = end;  // of the one after what is combined next
-    for (int index = last_own; index >= first_own; index -= blocks) {
-      const Piece piece = load_piece(task.plan.pieces, index);
-      const bool was_kept = !is_short(piece, is_one_piece);
-      for (int k = steps_of(piece) - 1; k >= 0; --k) {
-        if (was_kept) --step;
-        combine_step(piece, k, was_kept && step + slots >= steps ? place(step) : nullptr);
-      }
-    }
-    before = end;
-  }
-
-  // Combines the groups from `group` on whose pieces of this block, all before `next`, are measured and whose weights
-  // are there; returns the first that is left.
-  __device__ int combine_from(int group, int next) {
-    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
-    for (; group < static_cast<int>(task.plan.K); ++group) {
-      const int first = static_cast<int>(load_constant(task.plan.first_piece + group));
-      const int last = static_cast<int>(load_constant(task.plan.first_piece + group + 1)) - 1;
-      const int first_own = first + (block - first % blocks + blocks) % blocks;
-      if (first_own > last) continue;
-      const int last_own = first_own + (last - first_own) / blocks * blocks;
-      if (last_own >= next || !spread(bench, threadIdx.x == 0 && is_published(ready(group)))) break;
-      combine(group, first_own, last_own, first == last);
-    }
-    return group;
-  }
-
-  __device__ void run() {
-    const int pieces = static_cast<int>(task.plan.num_pieces), blocks = static_cast<int>(gridDim.x);
-    int group = 0;
-    for (int index = static_cast<int>(blockIdx.x); index < pieces; index += blocks) {
-      measure(index);
-      group = combine_from(group, index + 1);
-    }
-    for (int polls = 0; group < static_cast<int>(task.plan.K); ++polls) {
-      const int before = group;
-      group = combine_from(group, pieces);
-      if (group > before) polls = 0;
+  template <class Happened>
+  __device__ static void wait_until(Happened happened) {
+    for (int polls = 0; !happened(); ++polls) {
       if (polls > kMostPolls) give_up();
       wait_a_little();
     }
   }
+  // By a warp.
+  template <class Happened>
+  __device__ static void wait_together(Happened happened) {
+    if (lane_of_warp() == 0) wait_until(happened);
+    __syncwarp();
+  }
 
-  __device__ static int steps_of(const Piece& piece) {
-    return static_cast<int>((piece.end - piece.begin + kStep - 1) / kStep);
+  // Counts a piece that all warps have measured, into a slot; by one warp.
+  __device__ void count(int index, const Piece& piece, int slot) const {
+    if (!piece.is_short()) {
+      double* sums = task.scratch.sums + index * pairs_of(task.rows.T);
+      for (int pair = lane_of_warp(); pair < pairs_of(task.rows.T); pair += kLanes) {
+        sums[pair] = sum_of_tiles<P>(memory.tiles[slot], pair);
+      }
+    }
+    __syncwarp();
+    if (lane_of_warp() == 0) {
+      count_in_block(&memory.counted[slot]);
+      arrive(task.scratch.counters + piece.group);
+    }
+    __syncwarp();
+  }
+
+  __device__ void measure() const {
+    const int blocks = static_cast<int>(gridDim.x), warp = Measuring::warp();
+    int columns = 0, used = 0;
+    Piece next = load_piece(task.plan, blockIdx.x);
+    for (int index = static_cast<int>(blockIdx.x); index < pieces(); index += blocks, ++used) {
+      const Piece piece = next;
+      if (index + blocks < pieces()) next = load_piece(task.plan, index + blocks);
+      columns += static_cast<int>(piece.end - piece.begin);
+      const int slot = used % kSlots, before = used / kSlots;
+      wait_together([&] {
+        return seen_in_block(&memory.counted[slot]) == before && (columns - seen_in_block(&memory.combined) <= window ||
+                                                                  piece.group <= seen_in_block(&memory.next_group));
+      });
+      if (piece.is_short()) {
+        measure_exactly<E, 2>(Measuring(), Triangle{task.rows}, piece,
+                              task.scratch.sums + index * pairs_of(task.rows.T));
+      } else {
+        measure_packed<E, P, 8>(task.rows, piece, warp, memory.tiles[slot]);
+      }
+      __syncwarp();
+      if (lane_of_warp() == 0) count_in_block(&memory.filled[slot]);
+      if (used % P::kWarps == warp) {
+        wait_together([&] { return seen_in_block(&memory.filled[slot]) == (before + 1) * P::kWarps; });
+        count(index, piece, slot);
+      }
+    }
+  }
+
+  __device__ void solve() const {
+    const Solving who;
+    for (int group = static_cast<int>(blockIdx.x); group < static_cast<int>(task.plan.K);
+         group += static_cast<int>(gridDim.x)) {
+      const int first = static_cast<int>(load_constant(task.plan.first_piece + group));
+      const int last = static_cast<int>(load_constant(task.plan.first_piece + group + 1));
+      const bool may_turn = prepare_group(who, task, group, memory.bench);
+      if (who.thread() == 0) wait_until([&] { return have_arrived(task.scratch.counters + group, last - first); });
+      who.sync();
+      finish_group(who, task, group, first, last, may_turn, memory.bench);
+    }
+  }
+
+  // Of this block's pieces: the last one of the group that begins with piece `first`, or of the next one that has any;
+  // -1 after the last of them.
+  __device__ int last_own_piece(int first) const {
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    const int own = block + (first - block + blocks - 1) / blocks * blocks;
+    if (own >= pieces()) return -1;
+    const int last = static_cast<int>(load_constant(task.plan.pieces + 5 * own + 4));
+    return own + (last - 1 - own) / blocks * blocks;
+  }
+
+  // A warp's share of a piece, in vectors: every kCombiningWarps-th of its lanes' worth, from the `first` one on.
+  struct Share {
+    int first;
+    __device__ int thread() const { return first * kLanes + lane_of_warp(); }
+    __device__ static constexpr int threads() { return kCombiningWarps * kLanes; }
+  };
+
+  // Half of the rows are asked for while the other half is added.
+  __device__ void combine_piece(Share who, const Piece& piece, const double* weights) const {
+    constexpr int kHalf = P::kRows / 2, kWidth = E::kWidth, kStep = Share::threads() * kWidth;
+    const bool aligned = task.rows.aligned && out.aligned && piece.begin % 8 == 0;
+    const int length = static_cast<int>(piece.end - piece.begin), end = aligned ? length - length % kWidth : 0;
+    const typename E::Stored* numbers = task.rows.row<E>(0) + piece.begin;
+    Vector vectors[2][kHalf];
+    const auto load = [&](int half, int start) {
+#pragma unroll
+      for (int u = 0; u < kHalf; ++u) {
+        const int row = half * kHalf + u;
+        vectors[half][u] = row < task.rows.T && start < end
+                               ? load_whole<E>(numbers + row * task.rows.row_stride + start)
+                               : Vector{{0, 0, 0, 0}};
+      }
+    };
+    int start = who.thread() * kWidth;
+    load(0, start);
+    for (; start < end; start += kStep) {
+      double values[kWidth] = {};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (half == 0) {
+          load(1, start);
+        } else {
+          load(0, start + kStep);
+        }
+#pragma unroll
+        for (int u = 0; u < kHalf; ++u) {
+          const int row = half * kHalf + u;
+          const double weight = row < task.rows.T ? weights[row] : 0.0;
+#pragma unroll
+          for (int w = 0; w < kWidth; ++w) {
+            values[w] = fma(weight, static_cast<double>(E::number(vectors[half][u], w)), values[w]);
+          }
+        }
+      }
+      store(out, piece.begin + start, values);
+    }
+    combine_numbers<E>(who, task.rows, piece.begin + end, piece.end, [&](std::int64_t j) { return weights[j]; }, out);
+  }
+
+  __device__ void combine() const {
+    const int blocks = static_cast<int>(gridDim.x), warp = Combining::warp(), lane = lane_of_warp();
+    const bool shows = warp == 0 && lane == 0;
+    double* weights = memory.weights[warp];
+    int columns = 0, shift = 0, group = -1, index = last_own_piece(0);
+    Piece next = load_piece(task.plan, index);
+    while (index >= 0) {
+      const Piece piece = next;
+      index = index - blocks >= piece.first ? index - blocks : last_own_piece(piece.last);
+      if (index >= 0) next = load_piece(task.plan, index);
+      if (piece.group != group) {
+        group = piece.group;
+        if (shows) {
+          show_in_block(&memory.combined, columns);
+          show_in_block(&memory.next_group, group);
+        }
+        __syncwarp();  // all have read the last group's
+        if (lane < task.rows.T) {
+          const double* place = task.scratch.shown + group * task.rows.T + lane;
+          wait_until([&] { return is_shown(place, weights + lane); });
+        }
+        __syncwarp();
+      }
+      combine_piece(Share{(warp + shift) % kCombiningWarps}, piece, weights);
+      const int length = static_cast<int>(piece.end - piece.begin);
+      columns += length;
+      shift += kCombiningWarps - length / (kLanes * E::kWidth) % kCombiningWarps;  // the next warp in turn goes on
+      shift %= kCombiningWarps;
+    }
+    if (shows) show_in_block(&memory.next_group, static_cast<int>(task.plan.K));
+  }
+
+  __device__ void run() const {
+    for (int slot = static_cast<int>(threadIdx.x); slot < kSlots; slot += kThreads) {
+      memory.filled[slot] = memory.counted[slot] = 0;
+    }
+    if (threadIdx.x == 0) memory.combined = memory.next_group = 0;
+    __syncthreads();
+    if (Measuring::has_this_thread()) {
+      measure();
+    } else if (Solving::has_this_thread()) {
+      solve();
+    } else {
+      combine();
+    }
   }
 };
 

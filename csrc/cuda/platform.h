@@ -36,24 +36,66 @@ __device__ inline void store16(void* p, std::uint32_t a, std::uint32_t b, std::u
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// ---- between blocks: what a block wrote before `arrive` or `publish` is seen by those that saw them
+// ---- between blocks
 
-__device__ inline std::int32_t arrive(std::int32_t* counter) {
+// Memory of counters and of numbers that will be shown: before the launch, every bit is set.
+inline cudaError_t set_all_bits(void* memory, std::int64_t bytes, void* stream) {
+  return cudaMemsetAsync(memory, 0xFF, bytes, static_cast<cudaStream_t>(stream));
+}
+// Whether this is the last one of `all` to arrive: then it sees what the others wrote before they did. Only then are
+// the caches of the multiprocessor given up.
+__device__ inline bool arrive_last(std::int32_t* counter, std::int64_t all) {
   std::int32_t before;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
+  asm volatile("atom.add.release.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  if (before + 2 != all) return false;
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  return true;
 }
-__device__ inline void publish(std::int32_t* flag) {
-  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag) : "memory");
+// The same in two: one arrives, and another one waits until all have.
+__device__ inline void arrive(std::int32_t* counter) {
+  asm volatile("red.add.release.gpu.global.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
-__device__ inline bool is_published(const std::int32_t* flag) {
-  std::int32_t value;
-  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value != 0;
+__device__ inline bool have_arrived(const std::int32_t* counter, std::int64_t all) {
+  std::int32_t arrived;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
+  if (arrived + 1 != all) return false;
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  return true;
+}
+// A number that others wait for, and nothing but it: they need not see what else was written before.
+__device__ inline void show_number(double* place, double x) {
+  const long long bits = __double_as_longlong(x);
+  const long long shown = bits == -1 ? 0x7FF8000000000000ll : bits;  // all bits set are a NaN: this one is as good
+  asm volatile("st.relaxed.gpu.global.s64 [%0], %1;" ::"l"(place), "l"(shown) : "memory");
+}
+__device__ inline bool is_shown(const double* place, double* x) {
+  long long bits;
+  asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(bits) : "l"(place) : "memory");
+  *x = __longlong_as_double(bits);
+  return bits != -1;
 }
 constexpr int kMostPolls = 1 << 27;  // minutes; waiting for good would hang the machine
 __device__ inline void wait_a_little() { __nanosleep(64); }
 __device__ inline void give_up() { __trap(); }
+
+// ---- between warps of a block, by numbers in its shared memory: likewise
+
+__device__ inline void sync_team(int team, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(team), "r"(threads) : "memory");
+}
+__device__ inline std::int32_t count_in_block(std::int32_t* counter) {  // what it was before
+  std::int32_t before;
+  asm volatile("atom.release.cta.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+__device__ inline void show_in_block(std::int32_t* number, std::int32_t value) {
+  asm volatile("st.release.cta.s32 [%0], %1;" ::"l"(number), "r"(value) : "memory");
+}
+__device__ inline std::int32_t seen_in_block(const std::int32_t* number) {
+  std::int32_t value;
+  asm volatile("ld.acquire.cta.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
+  return value;
+}
 
 // ---- arithmetic
 
@@ -140,10 +182,6 @@ cudaError_t occupancy(int* blocks, void (*kernel)(P...), int threads, std::size_
   return error != cudaSuccess ? error : cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
 }
 
-inline cudaError_t clear(std::int32_t* counters, std::int64_t count, void* stream) {
-  return cudaMemsetAsync(counters, 0, count * sizeof(*counters), static_cast<cudaStream_t>(stream));
-}
-
 // Whether a kernel was compiled for the current device, and a driver is there to run it.
 template <class... P>
 cudaError_t probe(void (*kernel)(P...)) {
@@ -155,7 +193,7 @@ inline cudaError_t set_device(int device) { return cudaSetDevice(device); }
 
 struct Machine {
   int multiprocessors = 0;
-  int shared_per_multiprocessor = 0, shared_per_block = 0;  // bytes
+  int cache = 0;  // bytes of the second-level cache
 };
 inline cudaError_t examine(Machine* machine) {
   int device = 0;
@@ -164,8 +202,7 @@ inline cudaError_t examine(Machine* machine) {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
   };
   get(&machine->multiprocessors, cudaDevAttrMultiProcessorCount);
-  get(&machine->shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
-  get(&machine->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  get(&machine->cache, cudaDevAttrL2CacheSize);
   return error;
 }
 

@@ -48,13 +48,17 @@ struct Float64 {
   }
 };
 
+// A vector that lies at 16 bytes.
+template <class E>
+__device__ inline Vector load_whole(const typename E::Stored* numbers) {
+  const uint4 loaded = load_constant(reinterpret_cast<const uint4*>(numbers));
+  return {{loaded.x, loaded.y, loaded.z, loaded.w}};
+}
+
 // Columns column .. column + kWidth - 1 of a row; zeros from `end` on. `whole`: all are there, at 16 bytes.
 template <class E>
 __device__ inline Vector load_vector(const typename E::Stored* row, std::int64_t column, std::int64_t end, bool whole) {
-  if (whole) {
-    const uint4 loaded = load_constant(reinterpret_cast<const uint4*>(row + column));
-    return {{loaded.x, loaded.y, loaded.z, loaded.w}};
-  }
+  if (whole) return load_whole<E>(row + column);
   Vector v = {{0, 0, 0, 0}};
   constexpr int kSize = sizeof(typename E::Stored);
 #pragma unroll

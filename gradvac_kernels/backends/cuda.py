@@ -28,7 +28,8 @@ except ImportError as error:  # said on first use and by python -m gradvac_kerne
 _DEVICE = "cuda"  # of the tensors it serves
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # gradvac::Dtype
 _CAPABILITY = (8, 0)
-MOST_ROWS = 3584
+_LARGE = 1 << 22  # columns
+MOST_ROWS = 2304
 """A row's numbers fill a block's shared memory, 99 KiB on the smaller GPUs."""
 
 
@@ -125,7 +126,7 @@ class _Plan(NamedTuple):
 
     K: int
     T: int
-    pieces: torch.Tensor  # [pieces, 3]
+    pieces: torch.Tensor  # [pieces, 5]
     first_piece: torch.Tensor  # [K + 1]
     tiles: torch.Tensor  # [tiles, 3]
     largest_group: int  # columns
@@ -163,15 +164,27 @@ def _make_plan(edges: tuple[int, ...], num_rows: int, device: torch.device) -> _
     """Copies its tables to the device and waits for them, once a layout."""
     bounds = list(zip(edges[::2], edges[1::2]))
     pieces = [cut(begin, end, piece_columns(end - begin, num_rows)) or [(begin, end)] for begin, end in bounds]
-    tiles = [(k, *tile) for k, (begin, end) in enumerate(bounds) for tile in cut(begin, end, _cuda.TILE)]
-    listed = [(k, *piece) for k, its in enumerate(pieces) for piece in its]
+    first_piece = list(itertools.accumulate(map(len, pieces), initial=0))
+    listed = [
+        (k, *piece, first, last)
+        for k, (its, first, last) in enumerate(zip(pieces, first_piece, first_piece[1:]))
+        for piece in its
+    ]
+    columns = sum(end - begin for begin, end in bounds)
+    tile = _cuda.TILE if columns > _LARGE else _cuda.TILE // 4  # or many multiprocessors have none
+    tiles = [(k, *its) for k, (begin, end) in enumerate(bounds) for its in cut(begin, end, tile)]
 
-    def table(rows: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).to(device)
+    def table(rows: Sequence[tuple[int, ...]], width: int) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, width).to(device)
 
-    first_piece = torch.tensor(list(itertools.accumulate(map(len, pieces), initial=0)), dtype=torch.int64)
-    largest = max((end - begin for begin, end in bounds), default=0)
-    return _Plan(len(bounds), num_rows, table(listed), first_piece.to(device), table(tiles[::-1]), largest)
+    return _Plan(
+        K=len(bounds),
+        T=num_rows,
+        pieces=table(listed, 5),
+        first_piece=torch.tensor(first_piece, dtype=torch.int64).to(device),
+        tiles=table(tiles[::-1], 3),
+        largest_group=max((end - begin for begin, end in bounds), default=0),
+    )
 
 
 class _Scratch:
@@ -181,8 +194,9 @@ class _Scratch:
         K, T, new = plan.K, plan.T, plan.pieces.new_empty
         self._sums = new(len(plan.pieces), T * (T + 1) // 2, dtype=torch.float64)
         self._rows = new(K, T, T, dtype=torch.float64)
-        self._counters = new(2 * K, dtype=torch.int32)
-        self.arguments = self._sums.data_ptr(), self._rows.data_ptr(), self._counters.data_ptr()
+        self._shown = new(K * T * 8 + K * 4, dtype=torch.uint8)  # [K, T] float64, and [K] counters
+        shown = self._shown.data_ptr()
+        self.arguments = self._sums.data_ptr(), self._rows.data_ptr(), shown, shown + K * T * 8
 
 
 class _Vaccine:

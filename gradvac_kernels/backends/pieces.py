@@ -19,7 +19,8 @@ def piece_columns(columns: int, num_rows: int) -> int:
     if columns <= RUN:
         return 0
     if num_rows <= 16:
-        unit, most = (RUN // 4 if columns <= 64 * RUN else RUN if columns <= 512 * RUN else 4 * RUN), 2048
+        long = (8 if num_rows <= 8 else 4) * RUN
+        unit, most = (RUN // 4 if columns <= 64 * RUN else RUN if columns <= 1024 * RUN else long), 2048
     else:
         unit, most = 2 * RUN * -(-num_rows // 512), 1024
     return unit * -(-columns // (unit * most))

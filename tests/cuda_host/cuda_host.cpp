@@ -43,10 +43,12 @@ struct Meeting {
 
 struct Block {
   std::int64_t index = 0;
-  std::deque<Fiber*> ready;
+  std::deque<Fiber*> ready, waiting;  // the latter for something to be shown
+  std::int64_t looked = 0;            // at so many of `shown`
   int live = 0;
   Meeting all;
   std::vector<Meeting> warps;
+  Meeting teams[16];
   std::vector<char> shared;
   std::vector<Fiber*> fibers;
   double speed = 1;
@@ -63,8 +65,8 @@ std::string failure;
 std::mt19937_64 random_numbers;
 bool fuzzed = false;
 bool wants_another_block = false;
-std::int64_t switched = 0;
-int resident_blocks = 3, multiprocessors = 1, shared_bytes = 100 << 10;
+std::int64_t switched = 0, shown = 0;
+int resident_blocks = 3, multiprocessors = 1, cache_bytes = 1 << 20;
 
 // To the scheduler, until it chooses this fiber again.
 __attribute__((noinline)) void leave() {
@@ -173,9 +175,9 @@ void fuzz(std::uint64_t seed) {
   random_numbers.seed(seed);
 }
 void set_residents(int blocks) { resident_blocks = blocks; }
-void set_multiprocessors(int count, int shared) {
+void set_multiprocessors(int count, int cache) {
   multiprocessors = count;
-  shared_bytes = shared;
+  cache_bytes = cache;
 }
 std::int64_t switches() { return switched; }
 int residents() { return resident_blocks; }
@@ -186,6 +188,11 @@ char* shared_memory() {
 }
 void wait_for_block() { meet(current->block->all); }
 void wait_for_warp() { meet(warp()); }
+void wait_for_team(int team, int threads) {
+  Meeting& meeting = current->block->teams[team];
+  meeting.members = threads;
+  meet(meeting);
+}
 void exchange_all(const std::uint32_t* words, int count, std::uint32_t (*all)[8]) {
   Meeting& meeting = warp();
   const int turn = meeting.turn;
@@ -203,6 +210,12 @@ std::uint64_t exchange(std::uint64_t bits, int lane) {
 }
 void let_others() {
   current->block->ready.push_back(current);
+  wants_another_block = true;
+  leave();
+}
+void show() { ++shown; }
+void wait_to_be_shown() {
+  current->block->waiting.push_back(current);
   wants_another_block = true;
   leave();
 }
@@ -231,9 +244,15 @@ int run(Body body_, void* call_, std::int64_t blocks, int threads, std::size_t s
       on_device.push_back(start(started++, threads, shared));
     }
     if (on_device.empty()) return 0;
+    for (const auto& block : on_device) {
+      if (block->looked == shown) continue;
+      block->looked = shown;
+      block->ready.insert(block->ready.end(), block->waiting.begin(), block->waiting.end());
+      block->waiting.clear();
+    }
     const std::size_t which = choose(on_device, std::min(last, on_device.size() - 1));
     if (which == on_device.size()) {
-      failure = "deadlock: every thread waits at a barrier";
+      failure = "deadlock: every thread waits for another one";
       break;
     }
     switched += which != last;
@@ -265,7 +284,7 @@ const char* describe_error(int error) {
 namespace gradvac::cuda {
 
 int examine(Machine* machine) {
-  *machine = {host::multiprocessors, host::shared_bytes, host::shared_bytes};
+  *machine = {host::multiprocessors, host::cache_bytes};
   return 0;
 }
 

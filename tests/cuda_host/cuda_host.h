@@ -1,9 +1,10 @@
 // A host that plays the device: the CUDA sources compiled as C++, each CUDA thread a fiber.
 //
 // It has the names of csrc/cuda/platform.h and of CUDA that the kernels use. Fibers change at barriers, shuffles and
-// what passes between blocks. By default blocks run in turns; `fuzz(seed)` lets them run in a random order, at random
-// speeds. All run on one thread of the host, so every access is in order: a missing fence does not show here, a missing
-// barrier does, and so does a deadlock.
+// what passes between blocks; one that waits for others looks again when something was shown, and if nobody is left who
+// could show anything, that is a deadlock. By default blocks run in turns; `fuzz(seed)` lets them run in a random
+// order, at random speeds. All run on one thread of the host, so every access is in order: a missing fence does not
+// show here, a missing barrier does, and so does a deadlock.
 #pragma once
 
 #include <math.h>
@@ -29,19 +30,22 @@ extern Index thread_index, block_index, block_size, grid_size;
 
 // ---- for the tests
 
-void fuzz(std::uint64_t seed);                    // 0: in turns
-void set_residents(int blocks);                   // how many blocks are on the device at once
-void set_multiprocessors(int count, int shared);  // and the bytes of shared memory of each
-std::int64_t switches();                          // between blocks, since the start
+void fuzz(std::uint64_t seed);                   // 0: in turns
+void set_residents(int blocks);                  // how many blocks are on the device at once
+void set_multiprocessors(int count, int cache);  // and the bytes of the cache that they share
+std::int64_t switches();                         // between blocks, since the start
 
 // ---- for the kernels
 
 char* shared_memory();
 void wait_for_block();
 void wait_for_warp();
+void wait_for_team(int team, int threads);
 std::uint64_t exchange(std::uint64_t bits, int lane);  // what that lane of the warp has
 void exchange_all(const std::uint32_t* words, int count, std::uint32_t (*all)[8]);
 void let_others();  // another block may go on
+void show();        // what waits for others may look again
+void wait_to_be_shown();
 [[noreturn]] void fail(const char* reason);
 int residents();
 
@@ -107,23 +111,50 @@ inline void store16(void* p, std::uint32_t a, std::uint32_t b, std::uint32_t c, 
   std::memcpy(p, words, sizeof words);
 }
 
-inline std::int32_t arrive(std::int32_t* counter) {
-  host::let_others();
-  const std::int32_t before = (*counter)++;
-  host::let_others();
-  return before;
+inline int set_all_bits(void* memory, std::int64_t bytes, void*) {
+  std::memset(memory, 0xFF, bytes);
+  return 0;
 }
-inline void publish(std::int32_t* flag) {
+inline bool arrive_last(std::int32_t* counter, std::int64_t all) {
   host::let_others();
-  *flag = 1;
+  const bool is_last = (*counter)++ + 2 == all;
+  host::let_others();
+  return is_last;
+}
+inline void arrive(std::int32_t* counter) {
+  host::let_others();
+  ++*counter;
+  host::show();
   host::let_others();
 }
-inline bool is_published(const std::int32_t* flag) {
+inline bool have_arrived(const std::int32_t* counter, std::int64_t all) {
   host::let_others();
-  return *flag != 0;
+  return *counter + 1 == all;
 }
+inline void show_number(double* place, double x) {
+  host::let_others();
+  *place = __double_as_longlong(x) == -1 ? NAN : x;
+  host::show();
+  host::let_others();
+}
+inline bool is_shown(const double* place, double* x) {
+  host::let_others();
+  *x = *place;
+  return __double_as_longlong(*x) != -1;
+}
+inline void sync_team(int team, int threads) { host::wait_for_team(team, threads); }
+inline std::int32_t count_in_block(std::int32_t* counter) {
+  host::show();
+  return (*counter)++;
+}
+inline void show_in_block(std::int32_t* number, std::int32_t value) {
+  *number = value;
+  host::show();
+}
+inline std::int32_t seen_in_block(const std::int32_t* number) { return *number; }
+
 constexpr int kMostPolls = 1 << 20;
-inline void wait_a_little() { host::let_others(); }
+inline void wait_a_little() { host::wait_to_be_shown(); }
 inline void give_up() { host::fail("a block waited for good"); }
 
 float half_to_float(std::uint32_t bits);
@@ -159,11 +190,6 @@ int occupancy(int* blocks, void (*)(P...), int, std::size_t) {
   return 0;
 }
 
-inline int clear(std::int32_t* counters, std::int64_t count, void*) {
-  std::memset(counters, 0, count * sizeof(*counters));
-  return 0;
-}
-
 template <class... P>
 int probe(void (*)(P...)) {
   return 0;
@@ -172,7 +198,7 @@ inline int set_device(int) { return 0; }
 
 struct Machine {
   int multiprocessors = 0;
-  int shared_per_multiprocessor = 0, shared_per_block = 0;
+  int cache = 0;
 };
 int examine(Machine* machine);
 

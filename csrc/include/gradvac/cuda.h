@@ -25,15 +25,17 @@ struct Buffer {
 // How the columns of the K groups are dealt out. A group of no more than kRun columns is one piece, so is an empty one.
 struct Plan {
   std::int64_t K;
-  const std::int64_t* pieces;       // [num_pieces, 3]: group, first column, one past the last; by group, in order
+  // [num_pieces, 5]: group, first column, one past the last; by group, in order. And the group's first piece and the
+  // one past its last.
+  const std::int64_t* pieces;
   const std::int64_t* first_piece;  // [K + 1]
   std::int64_t num_pieces;
-  const std::int64_t* tiles;  // [num_tiles, 3]: the same columns, kTile at most each, from the last to the first
+  const std::int64_t* tiles;  // [num_tiles, 3]: the same columns, as many as a block makes, from the last to the first
   std::int64_t num_tiles;
 };
 
 constexpr std::int64_t kRun = 4096;   // columns whose products are added up in float32; float64 adds up the runs
-constexpr std::int64_t kTile = 4096;  // columns of the result that a block makes at once
+constexpr std::int64_t kTile = 4096;  // columns of the result that a block makes, or a quarter of them
 
 struct Result {
   void* data;  // [P]
@@ -61,7 +63,8 @@ struct Vaccine {
 struct Scratch {
   double* sums;            // [num_pieces, T (T + 1) / 2]
   double* rows;            // [K, T, T]
-  std::int32_t* counters;  // [2 K]
+  double* shown;           // [K, T], and behind it
+  std::int32_t* counters;  // [K]
 };
 
 enum class Path { two_passes, one_pass };

@@ -32,29 +32,45 @@ struct Meeting {
   bool turned = false;
 };
 
+// What of task j does not depend on g'_i.
+struct Other {
+  double square;  // |g_j|^2
+  double norm;
+  double goal, sin_goal;  // the similarity target, as it is used
+
+  GRADVAC_HD Other(double square_, double hat, const Rule& rule)
+      : square(square_), norm(sqrt(square_)), goal(goal_of(hat, rule)), sin_goal(sqrt((1 - goal) * (1 + goal))) {}
+  GRADVAC_HD Other(double square_, double norm_, double hat, double sin_goal_, const Rule& rule)
+      : square(square_), norm(norm_), goal(goal_of(hat, rule)), sin_goal(sin_goal_) {}
+
+  // A NaN turns nothing.
+  GRADVAC_HD static double goal_of(double hat, const Rule& rule) {
+    return hat > rule.max_target ? rule.max_target : hat;
+  }
+};
+
 struct Row {
   double n2;     // |g'_i|^2
   double added;  // sum_j |c_ij| |g_j|, the norms of all that was added up to make g'_i
 
   GRADVAC_HD explicit Row(double square) : n2(square), added(sqrt(square)) {}
 
-  // Row i meets task j: v_j = <g'_i, g_j>, square_j = |g_j|^2, hat their similarity target.
-  GRADVAC_HD Meeting meet(double v_j, double square_j, double hat, const Rule& rule) {
+  // Row i meets task j: v_j = <g'_i, g_j>.
+  GRADVAC_HD Meeting meet(double v_j, const Other& j, const Rule& rule) {
     Meeting meeting;
     const bool lost = !(n2 > rule.limits.noise * added * added);  // what is left of g'_i is rounding
-    if (lost || !rule.limits.usable(square_j)) return meeting;
-    const double length = sqrt(n2), norm_j = sqrt(square_j);
-    const double cosine = v_j / sqrt(n2 * square_j);  // exactly -1 for g_j = -g'_i
+    if (lost || !rule.limits.usable(j.square)) return meeting;
+    const double length = sqrt(n2);
+    const double cosine = v_j / sqrt(n2 * j.square);  // exactly -1 for g_j = -g'_i
     const double phi = cosine < -1 ? -1 : cosine > 1 ? 1 : cosine;
-    const double goal = hat > rule.max_target ? rule.max_target : hat;  // a NaN turns nothing
-    const double sin_phi = sqrt((1 - phi) * (1 + phi)), sin_goal = sqrt((1 - goal) * (1 + goal));
-    const double a = length * (goal * sin_phi - phi * sin_goal) / (norm_j * sin_goal);
+    const double sin_phi = sqrt((1 - phi) * (1 + phi));
+    const double a = length * (j.goal * sin_phi - phi * j.sin_goal) / (j.norm * j.sin_goal);
     meeting.measured = true;
     meeting.phi = phi;
-    meeting.turned = phi < goal;
+    meeting.turned = phi < j.goal;
     meeting.a = meeting.turned ? a : 0.0;  // no branch: which way it goes is anybody's guess
-    n2 += 2 * meeting.a * v_j + (meeting.a * norm_j) * (meeting.a * norm_j);
-    added += fabs(meeting.a) * norm_j;
+    n2 += 2 * meeting.a * v_j + (meeting.a * j.norm) * (meeting.a * j.norm);
+    added += fabs(meeting.a) * j.norm;
     return meeting;
   }
 };
