@@ -90,6 +90,7 @@ def _milliseconds(rows: Iterable[dict[str, Any]]) -> list[float]:
 def _roofline(figure: Any, rows: list[dict[str, Any]], ours: str) -> bool:
     """Multiply-adds a second against multiply-adds a byte, each as a share of what its ceilings allow."""
     mine = [row for row in rows if row["op"] in _MARKERS and row["implementation"] == ours]
+    mine = [row for row in mine if "multiply_adds_per_s" in row]
     if not mine:
         return False
     read, peak = (

@@ -63,12 +63,16 @@ def markdown(results: dict[str, Any]) -> str:
     read, multiply_adds = ((results["ceilings"][name] or 0) / 1e9 for name in _CEILINGS)
     kind = "bfloat16" if "gpu" in results["machine"] else "float32"
     machine = ", ".join(value.split(" (")[0] for value in results["machine"].values())
+    ceilings = f"streaming read {read:.3g} GB/s" + f", {multiply_adds:.3g} G {kind} multiply-adds/s" * bool(
+        multiply_adds
+    )
     head = (
         f"{machine}; {results['threads']} threads; {versions}; commit {results['commit']}. Ceilings, measured in the "
-        f"same run: streaming read {read:.3g} GB/s, {multiply_adds:.3g} G {kind} multiply-adds/s. Medians; `x` is the "
-        "time of an implementation divided by ours; the floor is the least time that these ceilings allow (above "
-        "100 % where a group is still in the cache when it is combined)."
+        f"same run: {ceilings}. Medians; `x` is the time of an implementation divided by ours; the floor is the least "
+        "time that these ceilings allow (above 100 % where a group is still in the cache when it is combined)."
     )
+    if "note" in results:
+        head += f" {results['note']}"
     measured = {row["op"] for row in results["rows"] if row["suite"] != "scaling"}
     ops = [op for op in ("gram", "cross_gram", "coefficients", "combine", "vaccinate") if op in measured]
     tables = [f"**{op}**{_NOTES.get(op, '')}\n\n{_table(results, op)}" for op in ops]

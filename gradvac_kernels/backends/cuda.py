@@ -1,8 +1,8 @@
 """CUDA C++ kernels for NVIDIA GPUs (``csrc/cuda``): nothing is read back, and nothing waits.
 
-With few tasks a step is two launches, or one that reads most of the gradients once; with many it is four. A layout of
-groups copies its tables to the device when it is first used: before a CUDA graph is captured if the call was made once
-before.
+With up to 8 tasks a step is two launches, or one that reads most of the gradients once; with more it is four. A layout
+of groups copies its tables to the device when it is first used: before a CUDA graph is captured if the call was made
+once before.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def vaccinate(
     **rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine. ``one_pass``: whether groups are combined while they are on the chip, by one launch
-    that stays; None decides by their size."""
+    that stays, where it can be taken; None decides."""
     with _current(grads.device):
         plan = _plan(grads, bounds)
         buffer, result = _buffer(grads), _result(out)
@@ -258,10 +258,9 @@ def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@functools.cache
 def _room(device: torch.device) -> int:
-    """Bytes of a group that stay on the chip from one pass to the other: half the second-level cache."""
-    return torch.cuda.get_device_properties(device).L2_cache_size // 2 if device.type == "cuda" else 1 << 20
+    """Bytes of the largest group for which one pass is chosen: none, as on an H200 it took twice as long as two."""
+    return -1
 
 
 @contextmanager
