@@ -86,25 +86,36 @@ def record(benchmark: BenchmarkFixture, ceiling_probes: list[Probe], request: py
         row = contest.row(name)
         benchmark.extra_info = row
         request.config.stash[_ROWS].append(row)
+        path = request.config.getoption("results")
+        if path is not None:  # whatever ends the run, what was measured is there
+            _write(_partial(path), request.config.stash[_ROWS], contest.case.device)
         return row
 
     return hand_over
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".json.partial")
+
+
+def _write(path: Path, rows: list[dict[str, Any]], device: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(report.dump(report.collect(rows, device)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config) -> None:
     rows = config.stash[_ROWS]
     if not rows:
         return
-    results = report.collect(rows, config.getoption("device"))
+    device, path = config.getoption("device"), config.getoption("results")
     terminalreporter.section("gradvac_kernels: time of each implementation / ours")
-    terminalreporter.write_line(report.markdown(results))
-    path = config.getoption("results")
-    if path is not None and exitstatus == pytest.ExitCode.OK:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(report.dump(results))
+    terminalreporter.write_line(report.markdown(report.collect(rows, device)))
+    if path is None:
+        return
+    complete = exitstatus == pytest.ExitCode.OK
+    _write(path if complete else _partial(path), rows, device)
+    if complete:
+        _partial(path).unlink(missing_ok=True)
         terminalreporter.write_line(f"written: {path}")
-    elif path is not None:
-        partial = path.with_suffix(".json.partial")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(report.dump(results))
-        terminalreporter.write_line(f"not complete, or tests failed: written to {partial}", red=True)
+    else:
+        terminalreporter.write_line(f"not complete, or tests failed: written to {_partial(path)}", red=True)
