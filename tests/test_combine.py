@@ -123,6 +123,15 @@ def test_non_finite_values_reach_the_result(backend, dtype, value):
         assert (~out.isfinite()).nonzero().flatten().tolist() == [0, 17, 39]
 
 
+@pytest.mark.parametrize("result", DTYPES)
+def test_what_cancels_is_zero(backend, result):
+    groups = gvk.ParameterGroups.from_sizes({"a": 40, "b": 1})
+    grads = task_gradients(1, groups).expand(2, -1).contiguous()
+    out = torch.full((groups.numel,), torch.nan, dtype=result)
+    gvk.combine(grads, torch.tensor([[1.0, -1.0]] * 2, dtype=torch.float64), groups, out=out, backend=backend)
+    assert bool((out == 0).all())
+
+
 def test_float16_results_overflow_to_infinity_and_keep_subnormals(backend):
     groups = gvk.ParameterGroups.from_sizes({"a": 6})
     values = torch.tensor([[65504.0, 65519.9, 65520.0, 2.0**-24, 2.0**-25, 3.1e-5]])

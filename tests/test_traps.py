@@ -142,3 +142,20 @@ def test_fixed_target_zero_is_pcgrad(backend):
     ]  # one column: projections leave rounding only
     for columns in several:
         assert torch.allclose(found[columns], want[columns], rtol=0, atol=1e-10 * float(want[columns].abs().max()))
+
+
+@pytest.mark.parametrize("target", [0.0, 0.5])
+def test_what_is_left_of_opposite_rows_of_equal_entries_is_not_measured(backend, target):
+    """All roundings of such rows are alike, and their cosine is some 1e-7 off -1."""
+    groups = gvk.ParameterGroups.from_sizes({"a": 8192})
+    grads = torch.stack(
+        [
+            torch.full((8192,), 1.0515958),
+            torch.full((8192,), -1.0106298),
+            torch.randn(8192, generator=torch.Generator().manual_seed(0)),
+        ]
+    )
+    order = torch.tensor([[[1, 2], [0, 2], [0, 1]]])
+    found = gvk.vaccinate(grads, groups, None, target=target, order=order, backend=backend)
+    assert found.similarity[0, 0, 1] == pytest.approx(-1, abs=1e-6)
+    assert bool(found.similarity[0, 0, 2].isnan())

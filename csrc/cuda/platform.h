@@ -74,7 +74,7 @@ __device__ inline bool is_shown(const double* place, double* x) {
   *x = __longlong_as_double(bits);
   return bits != -1;
 }
-constexpr int kMostPolls = 1 << 27;  // minutes; waiting for good would hang the machine
+constexpr int kMostPolls = 1 << 27;  // ten seconds or more; waiting for good would hang the machine
 __device__ inline void wait_a_little() { __nanosleep(64); }
 __device__ inline void give_up() { __trap(); }
 

@@ -302,6 +302,7 @@ std::uint32_t float_to_half(float x) {
   const std::uint32_t sign = __float_as_uint(x) >> 16 & 0x8000u;
   x = fabsf(x);
   if (x != x) return 0x7FFFu;
+  if (x == 0) return sign;
   if (x >= 65520.0f) return sign | 0x7C00u;
   int exponent = 0;
   frexpf(x, &exponent);                               // x < 2^exponent
