@@ -32,7 +32,7 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
   echo "no GPU that torch of $python can use"
   exit 1
 fi
-# Some five minutes together. What is interrupted still writes what it has.
+# Some seven minutes together. What is interrupted still writes what it has.
 stage gpu 20 nvidia-smi
 stage build 120 "$python" setup.py build_ext --inplace
 stage environment 30 "$python" -m gradvac_kernels.env
