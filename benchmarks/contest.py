@@ -18,7 +18,7 @@ from .ceilings import MULTIPLY_ADDS, STREAMING_READ, Probe, last_level_cache
 from .memory import peak_memory
 from .stopwatch import Stopwatch, stopwatch
 
-SECONDS = {"cpu": 0.3, "cuda": 0.05}  # timed for each implementation of a case; a GPU is always in the same state
+SECONDS = {"cpu": 0.3, "cuda": 0.05}  # timed for each implementation of a case; calls on a GPU differ less
 PROBE_SECONDS = {"cpu": 0.1, "cuda": 0.02}  # and for each probe of a ceiling
 MAX_ROUNDS = 200
 MAX_BYTES = {"cpu": 3 << 30, "cuda": 30 << 30}  # of all input buffers of a case

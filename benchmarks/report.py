@@ -63,9 +63,9 @@ def markdown(results: dict[str, Any]) -> str:
     read, multiply_adds = ((results["ceilings"][name] or 0) / 1e9 for name in _CEILINGS)
     kind = "bfloat16" if "gpu" in results["machine"] else "float32"
     machine = ", ".join(value.split(" (")[0] for value in results["machine"].values())
-    ceilings = f"streaming read {read:.3g} GB/s" + f", {multiply_adds:.3g} G {kind} multiply-adds/s" * bool(
-        multiply_adds
-    )
+    ceilings = f"streaming read {read:.3g} GB/s"
+    if multiply_adds:
+        ceilings += f", {multiply_adds:.3g} G {kind} multiply-adds/s"
     head = (
         f"{machine}; {results['threads']} threads; {versions}; commit {results['commit']}. Ceilings, measured in the "
         f"same run: {ceilings}. Medians; `x` is the time of an implementation divided by ours; the floor is the least "

@@ -132,7 +132,7 @@ def test_where_one_pass_cannot_be_taken(device):
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
-def test_the_path_is_chosen_by_the_size_of_the_groups(monkeypatch):
+def test_the_path_that_is_chosen_where_none_is_asked_for(monkeypatch):
     taken = []
 
     class Spy:
@@ -143,10 +143,11 @@ def test_the_path_is_chosen_by_the_size_of_the_groups(monkeypatch):
 
     monkeypatch.setattr(cuda, "_cuda", Spy())
     grads = task_gradients(4, GROUPS)
-    for room in (20_000 * 4 * 4 - 1, 20_000 * 4 * 4):
-        monkeypatch.setattr(cuda, "_room", lambda device, room=room: room)
+    for one_pass in (False, True):
+        monkeypatch.setattr(cuda, "_CHOOSES_ONE_PASS", one_pass)
         vaccinate(grads, GROUPS, one_pass=None)
-    assert taken == [False, True]
+        vaccinate(grads, GROUPS, one_pass=not one_pass)
+    assert taken == [False, True, True, False]
 
 
 @pytest.mark.parametrize("one_pass", [False, True])

@@ -27,7 +27,7 @@ def backend(request, monkeypatch):
     if missing is not None:
         pytest.skip(f"{name}: {missing}")
     if path:
-        monkeypatch.setattr(cuda, "_room", lambda device: 1 << 60 if path == "one pass" else -1)
+        monkeypatch.setattr(cuda, "_CHOOSES_ONE_PASS", path == "one pass")
     return name
 
 

@@ -96,11 +96,10 @@ __device__ inline bool prepare_row(std::int64_t T, std::int64_t group, std::int6
   return true;
 }
 
-// A row that was prepared: its coefficients c [T], its similarities, what was turned, its targets. G [T, T], in any
-// memory.
-__device__ inline void solve_row(const double* G, std::int64_t T, std::int64_t group, std::int64_t row, bool may_turn,
+// A row that was prepared and may be turned: its coefficients c [T], its similarities, what was turned, its targets. G
+// [T, T], in any memory.
+__device__ inline void solve_row(const double* G, std::int64_t T, std::int64_t group, std::int64_t row,
                                  const Vaccine& vaccine, const RowBench& bench, double* c) {
-  if (!may_turn) return;
   const int lane = lane_of_warp();
   const std::int64_t entry = (group * T + row) * T;
   double* hats = targets_of(vaccine, group, task_of(vaccine, row));

@@ -101,11 +101,13 @@ __device__ inline void combine_numbers(Who who, const Rows& rows, std::int64_t b
   }
 }
 
-// Columns begin .. stop - 1 of the result, with weight_of(row). Loads of kAtOnce rows and kSteps vectors of each are
-// under way together. What is no whole vector is made number by number.
-template <class E, int kAtOnce, int kSteps, class Who, class Weight>
-__device__ inline void combine_tile(Who who, const Rows& rows, std::int64_t begin, std::int64_t stop, Weight weight_of,
-                                    const Result& out) {
+// A tile, by a block, with weight_of(row). Loads of kAtOnce rows and some vectors of each are under way together. What
+// is no whole vector is made number by number.
+template <class E, int kAtOnce, class Weight>
+__device__ inline void combine_tile(const Rows& rows, const Tile& tile, Weight weight_of, const Result& out) {
+  constexpr int kSteps = steps_of<E>(kAtOnce);
+  const WholeBlock who;
+  const std::int64_t begin = tile.begin, stop = tile.end;
   const bool aligned = rows.aligned && out.aligned && begin % 8 == 0;
   const std::int64_t end = aligned ? stop - (stop - begin) % E::kWidth : begin;  // of the vectors
   const std::int64_t step = static_cast<std::int64_t>(who.threads()) * E::kWidth;

@@ -65,7 +65,7 @@ __device__ inline void finish_group(Who who, const Task& task, std::int64_t grou
          });
   if (!task.vaccinates) return;
   if (may_turn) {
-    solve_row(bench.G, T, group, row, may_turn, task.vaccine, row_bench(bench, who.warp(), T), bench.c + row * T);
+    solve_row(bench.G, T, group, row, task.vaccine, row_bench(bench, who.warp(), T), bench.c + row * T);
   }
   who.sync();
   for (std::int64_t j = who.thread(); j < T; j += who.threads()) {

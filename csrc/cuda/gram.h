@@ -98,7 +98,7 @@ __device__ inline void measure_exactly(Who who, const Pairs& pairs, const Piece&
       }
     }
     add_lanes(products);
-    const int place = sum_at<kBlock * kBlock>(0);
+    const int place = sum_of_lane<kBlock * kBlock>();
     const std::int64_t i = block * kBlock + place / kBlock, j = other * kBlock + place % kBlock;
     if (place < kBlock * kBlock && pairs.has(i, j)) sums[pairs.place(i, j)] = products[0];
   }

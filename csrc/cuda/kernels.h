@@ -95,7 +95,7 @@ static __global__ void __launch_bounds__(kLanes)
   double* c = scratch.rows + group * T * T;
   const RowBench bench(shared_memory(), T);
   const bool may_turn = prepare_row(T, group, row, vaccine, bench, c + row * T);
-  solve_row(G + group * T * T, T, group, row, may_turn, vaccine, bench, c + row * T);
+  if (may_turn) solve_row(G + group * T * T, T, group, row, vaccine, bench, c + row * T);
   __syncwarp();
   int is_last = 0;
   if (lane_of_warp() == 0) is_last = arrive_last(scratch.counters + group, T);
@@ -115,8 +115,7 @@ __global__ void __launch_bounds__(kCombineThreads, blocks_that_combine<E>(kAtOnc
     combine_rows(Rows rows, Plan plan, const double* weights, Result out) {
   const Tile tile = load_tile(plan, blockIdx.x);
   const double* of_group = weights + tile.group * rows.T;
-  combine_tile<E, kAtOnce, steps_of<E>(kAtOnce)>(
-      WholeBlock(), rows, tile.begin, tile.end, [&](std::int64_t j) { return load_constant(of_group + j); }, out);
+  combine_tile<E, kAtOnce>(rows, tile, [&](std::int64_t j) { return load_constant(of_group + j); }, out);
 }
 
 }  // namespace gradvac::cuda

@@ -17,7 +17,7 @@ constexpr std::int64_t kMostBlocks = 0x7FFFFFFF;
 
 Rows rows_of(const Buffer& grads) { return {grads.data, grads.T, grads.row_stride, grads.aligned}; }
 
-// How many rows are few: their outer products fit the registers, and memory is what takes the time.
+// How many rows are few: one tile of a matrix unit holds all pairs of them.
 constexpr std::int64_t kFewRows = 8;
 
 bool has_few_rows(const Buffer& grads) { return grads.T <= kFewRows && grads.dtype != Dtype::float64; }

@@ -78,19 +78,13 @@ __device__ inline Vector load_vector(const typename E::Stored* row, std::int64_t
 
 // ---- sums across a warp
 
-// How many of `count` sums a lane is left with.
-GRADVAC_HD constexpr int left_of(int count) {
-  for (int level = 0; level < 5; ++level) count = (count + 1) / 2;
-  return count;
-}
-
-// Which of `count` sums is at place `slot` of this lane after `add_lanes`; none if it is not below `count`.
+// Which of `count` sums, at most 32, this lane has after `add_lanes`; none if it is not below `count`.
 template <int count>
-__device__ inline int sum_at(int slot) {
+__device__ inline int sum_of_lane() {
   int sizes[6] = {count};
 #pragma unroll
   for (int level = 0; level < 5; ++level) sizes[level + 1] = (sizes[level] + 1) / 2;
-  int which = slot;
+  int which = 0;
   const int lane = lane_of_warp();
 #pragma unroll
   for (int level = 4; level >= 0; --level) {
@@ -102,7 +96,7 @@ __device__ inline int sum_at(int slot) {
   return which;
 }
 
-// Adds up `sums` over the lanes; each lane keeps its share of them in the first places. Half of the sums change hands
+// Adds up `sums` over the lanes; each lane keeps one of them, in the first place. Half of the sums change hands
 // in every step: the lanes below 16 keep the first half, and so on.
 template <class Sum, int count>
 __device__ inline void add_lanes(Sum (&sums)[count]) {
