@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from gradvac_kernels.streaming.capture import Capture
 from gradvac_kernels.streaming.operations import name_of
-from gradvac_kernels.streaming.samples import Lost, Pattern, Samples
+from gradvac_kernels.streaming.places import Lost, Pattern, Samples
 
 B, L, D = 4, 3, 6
 

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from gradvac_kernels.streaming.capture import Capture
-from gradvac_kernels.streaming.samples import Samples
+from gradvac_kernels.streaming.places import Samples
 
 PROGRAMS = 300  # a seed
 

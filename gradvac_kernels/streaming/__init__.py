@@ -1,10 +1,9 @@
 """One mixed batch, one forward, one backward: each task's gradients without T passes and without T x P numbers.
 
 The way of a gradient: ``capture`` sees every operation of the forward pass and asks ``samples`` where the samples lie
-(``operations`` has the names);
-where they meet a parameter, ``rules`` say how that use is kept apart by task; in the backward pass the use is delivered
-to a sink (``sinks``), which adds it up in a slab (``arena``) with ``task_rows`` and vaccinates the group when it is
-complete.
+(``placement`` has the rules, ``places`` what a place is, ``operations`` the names); where they meet a parameter,
+``rules`` say how that use is kept apart by task; in the backward pass the use is delivered to a sink (``sinks``), which
+adds it up in a slab (``arena``) with ``task_rows`` and vaccinates the group when it is complete.
 """
 
 from .arena import Arena

@@ -12,9 +12,10 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from ..groups import gradient_stride
-from . import operations, rules, samples
+from . import operations, rules
 from .operations import name_of, tensors_in
-from .samples import Guessed, Lost, Samples, Tracker
+from .places import Guessed, Loses, Lost, Place, Samples
+from .samples import Tracker
 from .sinks import Sink
 from .slab import Part, Target
 from .task_rows import TaskRows
@@ -116,7 +117,7 @@ class Capture(TorchFunctionMode):
             if out is NotImplemented:
                 composed = isinstance(function, types.FunctionType) and function not in self._within
                 out = (self._inside if composed else self._generally)(function, args, kwargs)
-        except samples.Loses as loses:
+        except Loses as loses:
             raise self._error(operands, f"{name} {loses}") from None
         return out
 
@@ -125,7 +126,7 @@ class Capture(TorchFunctionMode):
 
     # -------------------------------------------------------------------------------------------------- for the rules
 
-    def of(self, tensor: torch.Tensor) -> samples.Place:
+    def of(self, tensor: torch.Tensor) -> Place:
         """Where the samples lie in a tensor: :class:`Samples`, or None if it does not depend on them."""
         return self.tracker.of(tensor) if isinstance(tensor, torch.Tensor) else None
 
@@ -390,7 +391,7 @@ def _numbers(index: Any) -> Any:
     return int(index) if one else index
 
 
-def _where_it_matters(known: list[tuple[torch.Tensor, samples.Place]]) -> list[tuple[torch.Tensor, samples.Place]]:
+def _where_it_matters(known: list[tuple[torch.Tensor, Place]]) -> list[tuple[torch.Tensor, Place]]:
     """Of an operation in place: where samples are in a constant that gets a gradient now does not matter."""
     if not known or not isinstance(known[0][1], (Lost, Guessed)) or known[0][0].requires_grad:
         return known

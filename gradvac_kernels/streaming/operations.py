@@ -1,4 +1,4 @@
-"""What an operation is called, and of which kind it is: the names that ``samples`` has rules for."""
+"""What an operation is called, and of which kind it is: the names that ``placement`` has rules for."""
 
 from __future__ import annotations
 

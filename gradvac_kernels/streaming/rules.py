@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from .operations import is_in_place, is_pointwise, name_of, tensors_in
-from .samples import Samples, aligned
+from .placement import place_of_part
+from .places import Samples, aligned
 from .slab import Table, Target
 from .task_rows import TaskRows
 
@@ -414,7 +415,7 @@ def _masked_fill(capture: Capture, function: Callable[..., Any], args: Any, kwar
 def _setitem(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     tensor, index, value = args
     region = tensor[index]
-    place = capture.tracker.place_of_part(tensor, index, region)
+    place = place_of_part(capture.tracker, tensor, index, region)
     if not capture.shared(value) or not isinstance(place, Samples):
         return NotImplemented
     return function(tensor, index, _tap_operand(capture, value, region.shape, place))

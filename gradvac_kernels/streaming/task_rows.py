@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .samples import Samples
+from .places import Samples
 from .slab import Target
 
 _SCRATCH = 5 << 18  # bytes

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .places import Samples
 from .rules import Grads, Into
-from .samples import Samples
 from .slab import Part
 from .task_rows import TaskRows
 
