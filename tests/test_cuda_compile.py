@@ -152,7 +152,8 @@ def test_loads_and_stores_of_16_bytes(kernels):
         elif kernel.name in MATRIX_KERNELS:
             assert loads >= kernel.rows // 8 * (1 + kernel.square), described(kernel)
         elif kernel.name == "combine_rows":
-            assert loads >= (kernel.rows if ELEMENTS[kernel.element] == 8 else 8), described(kernel)
+            ahead = 2 if kernel.rows == 2 else 1  # of few loads those of the next step too
+            assert loads >= (ahead * kernel.rows if ELEMENTS[kernel.element] == 8 else 8), described(kernel)
             assert stores > 0, described(kernel)
         elif kernel.name == "vaccinate_in_one_pass":
             assert loads >= 8 + kernel.rows, described(kernel)  # measured, and combined
@@ -161,12 +162,14 @@ def test_loads_and_stores_of_16_bytes(kernels):
 
 def test_products_are_made_by_the_units_that_are_meant(kernels):
     for kernel in kernels:
-        products = 6 if kernel.element == "Float32" else 2  # of three parts of each; of two times 16 columns
+        few = kernel.name in ("measure_few_rows", "vaccinate_in_one_pass")
+        # Of two times 16 columns; of three parts of each, where rows meet themselves fewer.
+        products = 2 if few or kernel.element != "Float32" else 4 if kernel.rows == 16 and not kernel.square else 6
         if kernel.name in MATRIX_KERNELS:
             strips = kernel.rows // 16
             tiles = strips * kernel.rows // 8 if kernel.square else strips * (strips + 1)
             assert kernel.count("HMMA.16816.F32") >= tiles * products, described(kernel)
-        elif kernel.name in ("measure_few_rows", "vaccinate_in_one_pass"):
+        elif few:
             assert kernel.count("HMMA.16816.F32") >= 8 * products, described(kernel)  # of as many vectors
         else:
             assert kernel.count("HMMA") == 0, described(kernel)

@@ -2,7 +2,7 @@
 //
 // Matrix units cut off what they add up instead of rounding it: they add up no more than 16 columns, and those sums are
 // added in float32 over at most 8, and in float64 across. float32 is split into three bfloat16; what the six products
-// that count leave out is below 2^-24.
+// that count leave out is below 2^-24. Of the products of rows with themselves two are what two others are transposed.
 #pragma once
 
 #include "gram.h"
@@ -17,6 +17,10 @@ struct Fragment;
 template <class E>
 struct Fragment16 {
   std::uint32_t words[2];
+  static constexpr int kHalves = 1;  // of the tile that `square` makes: rows 0 to 7 only
+
+  // The products of 8 rows with themselves.
+  __device__ static void square(float (&sums)[4], const E& x) { add(sums, x, E{}, x); }
 
   __device__ static void add(float (&sums)[4], const E& upper, const E& lower, const E& right) {
     const std::uint32_t a[4] = {upper.words[0], lower.words[0], upper.words[1], lower.words[1]};
@@ -38,6 +42,33 @@ struct Fragment<Float16> : Fragment16<Fragment<Float16>> {
 template <>
 struct Fragment<Float32> {
   std::uint32_t high[2], middle[2], low[2];
+  static constexpr int kHalves = 2;
+
+  // The products of 8 rows with themselves are rows 0 to 7 of what is found, and rows 8 to 15, also transposed.
+  __device__ static void square(float (&sums)[4], const Fragment& x) {
+    const std::uint32_t middle_and_high[4] = {x.middle[0], x.high[0], x.middle[1], x.high[1]};
+    const std::uint32_t high_and_low[4] = {x.high[0], x.low[0], x.high[1], x.low[1]};
+    multiply_bfloat16(sums, middle_and_high, x.middle);  // the small ones first
+    multiply_bfloat16(sums, high_and_low, x.high);
+  }
+
+  // Of 16 rows with 8 of the same: what all tiles find and the same transposed are twice the products.
+  __device__ static void add_twice(float (&sums)[4], const Fragment& upper, const Fragment& lower,
+                                   const Fragment& right) {
+    const std::uint32_t high[4] = {upper.high[0], lower.high[0], upper.high[1], lower.high[1]};
+    const std::uint32_t middle[4] = {upper.middle[0], lower.middle[0], upper.middle[1], lower.middle[1]};
+    const std::uint32_t low[4] = {upper.low[0], lower.low[0], upper.low[1], lower.low[1]};
+    std::uint32_t twice_high[4], twice_low[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      twice_high[i] = twice_bfloat16(high[i]);
+      twice_low[i] = twice_bfloat16(low[i]);
+    }
+    multiply_bfloat16(sums, twice_low, right.high);  // the small ones first
+    multiply_bfloat16(sums, middle, right.middle);
+    multiply_bfloat16(sums, twice_high, right.middle);
+    multiply_bfloat16(sums, high, right.high);
+  }
 
   __device__ static void add(float (&sums)[4], const Fragment& upper, const Fragment& lower, const Fragment& right) {
     const std::uint32_t high[4] = {upper.high[0], lower.high[0], upper.high[1], lower.high[1]};
@@ -108,9 +139,10 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, int 
   const int length = static_cast<int>(piece.end - piece.begin);
   const bool aligned = rows.aligned && piece.begin % E::kWidth == 0, is_there = row < rows.T;
   const typename E::Stored* numbers = rows.row<E>(is_there ? row : 0) + piece.begin + column;
-  double totals[2] = {0, 0};
+  constexpr int kSums = 2 * Fragment<E>::kHalves;
+  double totals[kSums] = {};
   for (int start = warp * kStretch; start < length; start += P::kWarps * kStretch) {
-    float products[2];
+    float products[kSums];
     const auto load = [&](int u, bool whole) {
       return is_there ? load_vector<E>(numbers, start + u * kStep, length - column, whole) : Vector{{0, 0, 0, 0}};
     };
@@ -120,14 +152,18 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, int 
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         float found[4] = {0, 0, 0, 0};
-        Fragment<E>::add(found, fragments[part], Fragment<E>{}, fragments[part]);
-        products[0] += found[0];
-        products[1] += found[1];
+        Fragment<E>::square(found, fragments[part]);
+#pragma unroll
+        for (int e = 0; e < kSums; ++e) products[e] += found[e];
       }
     };
+    const auto begin_chain = [&] {
+#pragma unroll
+      for (int e = 0; e < kSums; ++e) products[e] = 0;
+    };
     const auto add_chain = [&] {
-      totals[0] += static_cast<double>(products[0]);
-      totals[1] += static_cast<double>(products[1]);
+#pragma unroll
+      for (int e = 0; e < kSums; ++e) totals[e] += static_cast<double>(products[e]);
     };
     const bool whole = aligned && start + kStretch <= length;
 #pragma unroll 1
@@ -138,7 +174,7 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, int 
         for (int u = 0; u < kAtOnce; ++u) vectors[u] = load(first + u, true);
 #pragma unroll
         for (int chain = 0; chain < kAtOnce; chain += kChain) {
-          products[0] = products[1] = 0;
+          begin_chain();
 #pragma unroll
           for (int u = chain; u < chain + kChain; ++u) multiply(vectors[u]);
           add_chain();
@@ -146,7 +182,7 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, int 
       } else {  // narrow loads, and no more than the registers hold
 #pragma unroll 1
         for (int chain = 0; chain < kAtOnce; chain += kChain) {
-          products[0] = products[1] = 0;
+          begin_chain();
 #pragma unroll 1
           for (int u = chain; u < chain + kChain; ++u) multiply(load(first + u, false));
           add_chain();
@@ -154,7 +190,14 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, int 
       }
     }
   }
-  for (int e = 0; e < 2; ++e) tiles[warp * P::kPlaces + 2 * lane + e] = totals[e];  // where the unit leaves them
+  double* tile = tiles + warp * P::kPlaces;
+  if constexpr (Fragment<E>::kHalves == 2) {
+    for (int e = 0; e < 2; ++e) tile[2 * lane + e] = totals[2 + e];
+    __syncwarp();
+    for (int e = 0; e < 2; ++e) totals[e] += totals[2 + e] + tile[(2 * lane + e) % 8 * 8 + lane / 4];
+    __syncwarp();
+  }
+  for (int e = 0; e < 2; ++e) tile[2 * lane + e] = totals[e];  // where the unit leaves them
 }
 
 // Pair `pair` of the rows, from the tiles of all warps: tiles [P::kWarps, P::kPlaces].
@@ -190,6 +233,10 @@ struct Matrix {
   static constexpr int kSums = kTiles * 4 * kLanes;  // of a warp
   static constexpr std::size_t kShared = sizeof(double) * kWarps * kSums;
 };
+
+// One tile of 16 columns a side, of float32: all that is found is a square.
+template <class E, class M>
+constexpr bool kFindsTwice = E::kWidth == 4 && M::blocks == 2 && !M::square;
 
 // Adds up the products of a piece of rows kRows block ... and kRows other ...; bench M::kShared bytes. A warp takes
 // whole lines of every row: kAtOnce steps of 4 vectors, one beside the other.
@@ -238,8 +285,13 @@ __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, st
 #pragma unroll
           for (int b = 0; b < M::width(strip); ++b) {
             float found[4] = {0, 0, 0, 0};
-            Fragment<E>::add(found, fragments[0][2 * strip][part], fragments[0][2 * strip + 1][part],
-                             fragments[M::kSides - 1][b][part]);
+            const auto &upper = fragments[0][2 * strip][part], &lower = fragments[0][2 * strip + 1][part];
+            const auto& right = fragments[M::kSides - 1][b][part];
+            if constexpr (kFindsTwice<E, M>) {
+              Fragment<E>::add_twice(found, upper, lower, right);
+            } else {
+              Fragment<E>::add(found, upper, lower, right);
+            }
 #pragma unroll
             for (int e = 0; e < 4; ++e) products[M::before(strip) + b][e] += found[e];
           }
@@ -298,8 +350,16 @@ __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, st
     const std::int64_t i = block * M::kRows + 16 * strip + 8 * (e / 2) + lane / 4;
     const std::int64_t j = other * M::kRows + 8 * (tile - M::before(strip)) + 2 * (lane % 4) + e % 2;
     if (!pairs.has(i, j)) continue;
-    double sum = 0;
-    for (int w = 0; w < M::kWarps; ++w) sum += found_by_warps[w * M::kSums + place];
+    const auto sum_at = [&](int place) {
+      double sum = 0;
+      for (int w = 0; w < M::kWarps; ++w) sum += found_by_warps[w * M::kSums + place];
+      return sum;
+    };
+    double sum = sum_at(place);
+    if constexpr (kFindsTwice<E, M>) {
+      const int row = static_cast<int>(j), column = static_cast<int>(i);  // transposed
+      sum = (sum + sum_at((column / 8 * 4 + row / 8 * 2 + column % 2) * kLanes + row % 8 * 4 + column % 8 / 2)) / 2;
+    }
     sums[pairs.place(i, j)] = sum;
   }
 }

@@ -104,15 +104,12 @@ __device__ inline float half_to_float(std::uint32_t bits) {
   asm("{ .reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h; }" : "=f"(x) : "r"(bits));
   return x;
 }
-__device__ inline std::uint32_t float_to_half(float x) {
-  std::uint32_t bits;
-  asm("{ .reg .b16 h; cvt.rn.f16.f32 h, %1; cvt.u32.u16 %0, h; }" : "=r"(bits) : "f"(x));
-  return bits;
-}
-__device__ inline std::uint32_t float_to_bfloat16(float x) {
-  std::uint32_t bits;
-  asm("{ .reg .b16 h; cvt.rn.bf16.f32 h, %1; cvt.u32.u16 %0, h; }" : "=r"(bits) : "f"(x));
-  return bits;
+
+// Where it is called, and nowhere else: of a plain conversion the compiler may take the result or leave it.
+__device__ inline double widened_here(float x) {
+  double wide;
+  asm volatile("cvt.f64.f32 %0, %1;" : "=d"(wide) : "f"(x));
+  return wide;
 }
 
 // Two of them, the first one in the lower half.
@@ -120,6 +117,19 @@ __device__ inline std::uint32_t floats_to_bfloat16(float first, float second) {
   std::uint32_t bits;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
   return bits;
+}
+
+__device__ inline std::uint32_t floats_to_float16(float first, float second) {
+  std::uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+// Of each of two: exactly.
+__device__ inline std::uint32_t twice_bfloat16(std::uint32_t bits) {
+  std::uint32_t twice;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(twice) : "r"(bits), "r"(0x40004000u), "r"(0x80008000u));
+  return twice;
 }
 
 // sums += a b, for a [16, 16], b [16, 8] in the layout of mma.m16n8k16

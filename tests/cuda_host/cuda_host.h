@@ -160,8 +160,16 @@ inline void give_up() { host::fail("a block waited for good"); }
 float half_to_float(std::uint32_t bits);
 std::uint32_t float_to_half(float x);
 std::uint32_t float_to_bfloat16(float x);
+inline double widened_here(float x) { return x; }
 inline std::uint32_t floats_to_bfloat16(float first, float second) {
   return float_to_bfloat16(first) | float_to_bfloat16(second) << 16;
+}
+inline std::uint32_t floats_to_float16(float first, float second) {
+  return float_to_half(first) | float_to_half(second) << 16;
+}
+inline std::uint32_t twice_bfloat16(std::uint32_t bits) {
+  const float first = __uint_as_float(bits << 16), second = __uint_as_float(bits & 0xFFFF0000u);
+  return floats_to_bfloat16(2 * first, 2 * second);
 }
 void multiply_bfloat16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
 void multiply_float16(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
