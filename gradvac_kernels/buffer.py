@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from . import flat
+from . import checks, flat
 from .groups import ParameterGroups
 
 
@@ -30,12 +30,8 @@ class GradientBuffer:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(groups, ParameterGroups):
-            raise TypeError(f"groups: expected ParameterGroups, got {type(groups).__name__}")
-        if isinstance(num_rows, bool) or not isinstance(num_rows, int):
-            raise TypeError(f"num_rows: expected an int, got {num_rows!r}")
-        if num_rows < 1:
-            raise ValueError(f"num_rows: expected at least 1, got {num_rows}")
+        checks.check_groups(groups)
+        checks.check_int("num_rows", num_rows, 1)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating-point torch.dtype, got {dtype!r}")
         self.groups = groups

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,25 @@ def check_int(name: str, value: Any, least: int | None = None) -> None:
         raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
 
 
-def check_real(name: str, value: Any, least: float | None = None) -> float:
-    """A finite number, as a float."""
+def as_float(name: str, value: Any) -> float:
+    """A number, infinite where it is an int that no float can hold."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {value!r}")
-    if not math.isfinite(value) or (least is not None and value < least):
-        bound = "" if least is None else f" of at least {least:g}"
-        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.copysign(math.inf, value > 0 or -1)
+
+
+def check_real(name: str, value: Any, least: float | None = None, above: float | None = None) -> float:
+    """A finite number, as a float."""
+    number = as_float(name, value)
+    bound = "" if least is None else f" of at least {least:g}"
+    bound += "" if above is None else f" above {above:g}"
+    fits = (least is None or number >= least) and (above is None or number > above)
+    if not math.isfinite(number) or not fits:
+        raise ValueError(f"{name}: expected a finite number{bound}, got {number}")
+    return number
 
 
 def check_tensor(
@@ -84,6 +95,13 @@ def check_scalar(name: str, value: Any) -> None:
             f"{name}: expected a real scalar that requires grad, got shape {list(value.shape)}, "
             f"{value.dtype}, requires_grad={value.requires_grad}"
         )
+
+
+def check_keys(state: Any, expected: Mapping[str, Any]) -> None:
+    """A saved state holds what it should."""
+    if not isinstance(state, dict) or state.keys() != expected.keys():
+        got = sorted(map(str, state)) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"state: expected a dict with exactly the keys {sorted(expected)}, got {got}")
 
 
 def check_backend(backend: Any) -> None:
@@ -172,13 +190,14 @@ def check_rule(
     step: int,
     counter: torch.Tensor | None,
     first_group: int,
+    of: str = "grads",
 ) -> None:
     """What turns the Gram matrices of K groups and T rows into weights."""
     check_settings(beta, target, seed)
     if (ema is None) == (target is None):
         raise ValueError(f"ema: expected exactly one of ema and target, got {'neither' if ema is None else 'both'}")
     if ema is not None:
-        check_tensor("ema", ema, (torch.float64,), (K, None, None), device)
+        check_tensor("ema", ema, (torch.float64,), (K, None, None), device, of)
         N = ema.shape[1]
         if ema.shape[2] != N or N < T or (task_ids is None and N != T):
             wanted = f"[{K}, {T}, {T}]" if task_ids is None else f"[{K}, N, N] with N of at least {T}"
@@ -189,15 +208,15 @@ def check_rule(
         if not ema.is_contiguous():
             raise ValueError("ema: expected a contiguous tensor")
     if task_ids is not None:
-        check_tensor("task_ids", task_ids, (torch.int64,), (T,), device)
+        check_tensor("task_ids", task_ids, (torch.int64,), (T,), device, of)
     if vaccinated is not None:
-        check_tensor("vaccinated", vaccinated, (torch.int64,), (None,), device)
+        check_tensor("vaccinated", vaccinated, (torch.int64,), (None,), device, of)
     if order is not None:
-        check_tensor("order", order, (torch.int64,), (K, T, T - 1), device)
+        check_tensor("order", order, (torch.int64,), (K, T, T - 1), device, of)
     if counter is not None:
         if isinstance(counter, torch.Tensor) and counter.numel() != 1:
             raise ValueError(f"step: expected one element, got shape {list(counter.shape)}")
-        check_tensor("step", counter, (torch.int64,), (None,) * counter.dim(), device)
+        check_tensor("step", counter, (torch.int64,), (None,) * counter.dim(), device, of)
 
 
 def check_layout(grads: torch.Tensor, bounds: torch.Tensor) -> None:

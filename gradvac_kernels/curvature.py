@@ -70,10 +70,7 @@ def top_eigenvalue(
     parameters = flat.parameters(model, groups)
     if not callable(loss):
         raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-        raise TypeError(f"tolerance: expected a float, got {tolerance!r}")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance: expected a number above 0, got {tolerance}")
+    tolerance = checks.check_real("tolerance", tolerance, above=0)
     checks.check_int("max_iterations", max_iterations, 1)
     checks.check_int("seed", seed)
     with torch.enable_grad():

@@ -81,11 +81,11 @@ def axpy(alpha: float | torch.Tensor, x: torch.Tensor, y: torch.Tensor, groups: 
     if isinstance(alpha, torch.Tensor):
         checks.check_tensor("alpha", alpha, (torch.float64, torch.float32), (len(groups),))
         _check_same("alpha", "device", alpha.device, y.device)
-        factors: Sequence[Any] = alpha.detach().double().unbind()
+        factors: Sequence[Any] = alpha.detach().to(torch.float64, copy=True).unbind()  # it may lie in y
     elif isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
         raise TypeError(f"alpha: expected a number or a tensor [K], got {alpha!r}")
     else:
-        factors = [alpha] * len(groups)
+        factors = [checks.as_float("alpha", alpha)] * len(groups)
     for k, block in _blocks(x, groups):
         y[block] = y[block].double() + factors[k] * x[block].double()
     return y
@@ -136,11 +136,9 @@ def views(columns: torch.Tensor, groups: ParameterGroups) -> list[torch.Tensor]:
     Raises:
         TypeError, ValueError: ``columns`` or ``groups`` is not as above.
     """
+    slots = _check_slots(groups)
     _check_flat("columns", columns, groups)
-    return [
-        columns[slot.offset : slot.offset + slot.numel].as_strided(slot.shape, slot.stride)
-        for slot in groups.parameters
-    ]
+    return [columns[slot.offset : slot.offset + slot.numel].as_strided(slot.shape, slot.stride) for slot in slots]
 
 
 def flatten(
@@ -181,6 +179,9 @@ def flatten(
     for index, tensor in enumerate(listed):
         if tensor is not None:
             _check_same(f"tensors[{index}]", "device", tensor.device, out.device)
+            _check_same(f"tensors[{index}]", "layout", tensor.layout, torch.strided)
+            if tensor.is_complex():
+                raise TypeError(f"tensors[{index}]: expected real numbers, got {tensor.dtype}")
     with torch.no_grad():
         for view, tensor in zip(views(out, groups), listed):
             if tensor is None:

@@ -109,6 +109,8 @@ class ParameterGroups:
             if size < 0:
                 raise ValueError(f"sizes[{name!r}]: expected 0 or more columns, got {size}")
         padded = [-(-size // align) * align for size in sizes.values()]
+        if sum(padded) >= 2**63:
+            raise ValueError(f"sizes: expected a number of columns of 64 bits, got {sum(padded)}")
         return cls(tuple(sizes), (0, *itertools.accumulate(padded)), tuple(sizes.values()))
 
     @classmethod
@@ -176,7 +178,7 @@ def _group_names(granularity: Granularity) -> Callable[[str], str]:
         "all_layer": _layer,
         "all_matrix": lambda name: name,
     }
-    if granularity not in rules:
+    if not isinstance(granularity, str) or granularity not in rules:
         raise ValueError(f"granularity: expected one of {sorted(rules)} or a callable, got {granularity!r}")
     return rules[granularity]
 

@@ -8,7 +8,6 @@ gradient has a second-order term (Eq. 4), which :func:`finite_difference` takes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -72,8 +71,8 @@ def adapter_gradients(
         TypeError, ValueError: as :func:`finite_difference`.
     """
     theta, phi = _check_parameters(theta, phi)
-    _check_number("inner_lr", inner_lr, zero=True)
-    _check_number("radius", radius)
+    inner_lr = checks.check_real("inner_lr", inner_lr, 0)
+    radius = checks.check_real("radius", radius, above=0)
     with torch.enable_grad(), _in_float32(theta, phi, model):
         train = _evaluate("train_loss", train_loss)
         inner = torch.autograd.grad(train, theta, allow_unused=True, materialize_grads=True)
@@ -125,7 +124,7 @@ def finite_difference(
     """
     theta, phi = _check_parameters(theta, phi)
     direction = _check_direction(direction, theta)
-    _check_number("radius", radius)
+    radius = checks.check_real("radius", radius, above=0)
     with torch.enable_grad(), _in_float32(theta, phi, model):
         lengths = [torch.linalg.vector_norm(v, dtype=torch.float64) for v in direction if v is not None]
         length = (
@@ -209,10 +208,3 @@ def _check_direction(direction: Any, theta: Sequence[torch.Tensor]) -> Sequence[
         if v is not None and v.shape != tensor.shape:
             raise ValueError(f"direction[{index}]: expected shape {list(tensor.shape)}, got {list(v.shape)}")
     return direction
-
-
-def _check_number(name: str, value: Any, zero: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a float, got {value!r}")
-    if not (0 < value < math.inf or (zero and value == 0)):
-        raise ValueError(f"{name}: expected a finite number {'of at least' if zero else 'above'} 0, got {value}")

@@ -142,8 +142,8 @@ def combine(
         grads: ``[T, P]`` float32, bfloat16, float16 or float64; rows contiguous, any distance apart.
         weights: ``[K, T]`` float64 or float32. Sums are taken in float64.
         groups: K groups of the P columns.
-        out: ``[P]``, contiguous, of any of these types; it may not overlap ``grads``. Columns outside every group are
-            not written. None makes a new one of the type of ``grads``, zero outside the groups.
+        out: ``[P]``, contiguous, of any of these types; it may overlap neither ``grads`` nor ``weights``. Columns
+            outside every group are not written. None makes a new one of the type of ``grads``, zero outside the groups.
         backend: one of :func:`available_backends`; None takes the fastest one for the tensor's device.
 
     Returns:
@@ -151,7 +151,7 @@ def combine(
 
     Raises:
         TypeError: an argument is of a wrong type or dtype.
-        ValueError: a shape or device does not fit, ``out`` overlaps ``grads``, or the backend cannot be used.
+        ValueError: a shape or device does not fit, ``out`` overlaps another one, or the backend cannot be used.
     """
     checks.check_face(grads, groups)
     checks.check_backend(backend)
@@ -441,7 +441,7 @@ def _coefficients(
 
 def _check_coefficients(G: torch.Tensor, dtype: torch.dtype, rule: Rule) -> None:
     checks.check_gram(G, dtype)
-    checks.check_rule(G.shape[0], G.shape[1], G.device, *rule)
+    checks.check_rule(G.shape[0], G.shape[1], G.device, *rule, of="G")
 
 
 def _coefficients_fake(

@@ -43,12 +43,11 @@ class TaskSampler:
             raise ValueError("sizes: expected at least one task, got none")
         for name, size in zip(self.names, self.sizes):
             checks.check_int(f"sizes[{name!r}]", size, 1)
-        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-            raise TypeError(f"temperature: expected a float, got {temperature!r}")
+        temperature = checks.as_float("temperature", temperature)
         if not temperature > 0:
             raise ValueError(f"temperature: expected a number above 0, got {temperature}")
         checks.check_int("seed", seed)
-        self.temperature = float(temperature)
+        self.temperature = temperature
         self.seed = seed
         self.position = 0
         largest = max(self.sizes)  # of which the share is 1: nothing overflows, and not all are lost
@@ -102,9 +101,7 @@ class TaskSampler:
             ValueError: keys are missing or unknown, or sizes or temperature differ. Then nothing was changed.
         """
         expected = self.state_dict()
-        if not isinstance(state, dict) or state.keys() != expected.keys():
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state: expected a dict with exactly the keys {sorted(expected)}, got {got}")
+        checks.check_keys(state, expected)
         checks.check_int("state['position']", state["position"], 0)
         checks.check_int("state['seed']", state["seed"])
         for key in ("sizes", "temperature"):

@@ -304,13 +304,7 @@ class TaskGradients:
         for name, loss in losses.items():
             if name not in self.tasks:
                 raise ValueError(f"losses: expected tasks among {list(self.tasks)}, got {name!r}")
-            if not isinstance(loss, torch.Tensor):
-                raise TypeError(f"losses[{name!r}]: expected a tensor, got {type(loss).__name__}")
-            if loss.numel() != 1 or not loss.requires_grad or loss.is_complex():
-                raise ValueError(
-                    f"losses[{name!r}]: expected a real scalar that requires grad, got shape {list(loss.shape)}, "
-                    f"{loss.dtype}, requires_grad={loss.requires_grad}"
-                )
+            checks.check_scalar(f"losses[{name!r}]", loss)
         *_, last = losses
         self.report_losses(losses)
         for name, loss in losses.items():
@@ -343,10 +337,13 @@ class TaskGradients:
             if not isinstance(loss, torch.Tensor):
                 if isinstance(loss, bool) or not isinstance(loss, numbers.Real):
                     raise TypeError(f"losses[{name!r}]: expected a real scalar, got {loss!r}")
-                loss = torch.tensor(float(loss), dtype=torch.float64)
+                try:
+                    loss = torch.tensor(float(loss), dtype=torch.float64)
+                except OverflowError:
+                    raise ValueError(f"losses[{name!r}]: expected a number that a float holds, got more") from None
             loss = loss.detach()
-            if loss.numel() != 1 or loss.is_complex():
-                got = f"shape {list(loss.shape)}, {loss.dtype}"
+            if loss.numel() != 1 or loss.is_complex() or loss.layout != torch.strided:
+                got = f"shape {list(loss.shape)}, {loss.dtype}, {loss.layout}"
                 raise ValueError(f"losses[{name!r}]: expected a real scalar, got {got}")
             found[name] = loss.reshape(()).clone()
         self._losses |= found

@@ -98,17 +98,23 @@ class SimilarityTracker:
             spread[:, :, ids[:, None], ids] = measures
             measures = spread
         if self._windows and self._windows[-1][1] - self._windows[-1][0] + 1 < self.window:
-            first, last, sums = self._windows.pop()
-            self._windows.append((first, last + 1, sums.to(measures.device) + measures))
+            first, last, sums = self._windows[-1]
+            self._windows[-1] = (first, last + 1, sums.to(measures.device) + measures)
         else:
             self._windows.append((self.steps, self.steps, measures))
 
     def mean(self, measure: str, windows: slice = slice(None)) -> torch.Tensor:
-        """``[K, N, N]`` float64: the mean of one of :data:`MEASURES` over windows; NaN where nothing was measured.
+        """The mean of one of :data:`MEASURES` over windows; NaN where nothing was measured.
+
+        Returns:
+            ``[K + 1, N, N]`` float64, by group and for the whole model; ``[1, N, N]`` where one group is all of it.
 
         Raises:
+            TypeError: ``windows`` is no slice.
             ValueError: no such measure, or nothing to average.
         """
+        if not isinstance(windows, slice):
+            raise TypeError(f"windows: expected a slice, got {windows!r}")
         if measure not in MEASURES:
             raise ValueError(f"measure: expected one of {MEASURES}, got {measure!r}")
         chosen = self._windows[windows]
@@ -192,9 +198,7 @@ class SimilarityTracker:
                 changed.
         """
         own = self.state_dict()
-        if not isinstance(state, dict) or state.keys() != own.keys():
-            got = sorted(state) if isinstance(state, dict) else type(state).__name__
-            raise ValueError(f"state: expected a dict with exactly the keys {sorted(own)}, got {got}")
+        checks.check_keys(state, own)
         for name in ("groups", "tasks", "window"):
             if state[name] != own[name]:
                 raise ValueError(f"state[{name!r}]: expected {own[name]}, got {state[name]}")
@@ -229,9 +233,14 @@ class SimilarityTracker:
         checks.check_tensor("found", G, (torch.float64,), (self._num_groups, None, None))
         if G.shape[1] != G.shape[2]:
             raise ValueError(f"found: expected Gram matrices [K, T, T], got {list(G.shape)}")
+        if G.device.type == "meta":
+            raise ValueError("found: expected numbers, got a tensor on the device meta")
         G = G.detach()
         if not isinstance(found, Vaccination):
             return G, None, None, None
+        for name, pairs in (("similarity", found.similarity), ("corrected", found.corrected)):
+            if pairs.shape != G.shape:
+                raise ValueError(f"found: expected {name} of shape {list(G.shape)}, got {list(pairs.shape)}")
         return G, ~found.similarity.isnan(), found.corrected, found.similarity < 0
 
     def _measure(

@@ -83,6 +83,15 @@ def test_axpy_takes_different_types():
 
 
 X = torch.ones(GROUPS.numel)
+
+
+def test_alpha_may_lie_in_y():
+    groups = gvk.ParameterGroups.from_sizes({"a": 2, "b": 3})
+    y = torch.arange(1.0, 6.0, dtype=torch.float64)
+    flat.axpy(y[:2], torch.ones(5, dtype=torch.float64), y, groups)
+    assert y.tolist() == [2, 3, 5, 6, 7]
+
+
 BAD = {
     "x a list": (lambda: flat.dot([1.0], X, GROUPS), TypeError, "x: expected a tensor, got list"),
     "x too short": (lambda: flat.norm(X[1:], GROUPS), ValueError, r"x: expected shape \[\d+\], got"),
@@ -191,6 +200,17 @@ BAD_PARAMETERS = {
         ValueError,
         r"out: expected shape \[\d+\], got \[3\]",
     ),
+    "sparse": (
+        lambda: flat.flatten([torch.ones(4, 3), torch.ones(4).to_sparse(), None, None, None], LAYOUT, out=OUT),
+        ValueError,
+        r"tensors\[1\]: expected layout torch.strided, got torch.sparse_coo",
+    ),
+    "complex": (
+        lambda: flat.flatten([torch.ones(4, 3), torch.ones(4) * 1j, None, None, None], LAYOUT, out=OUT),
+        TypeError,
+        r"tensors\[1\]: expected real numbers, got torch.complex64",
+    ),
+    "views of no parameters": (lambda: flat.views(X, GROUPS), ValueError, "groups: expected groups of a model's"),
     "ints": (lambda: flat.flatten([None] * 5, LAYOUT, out=torch.ones(LAYOUT.numel).int()), TypeError, "out: .* dtype"),
     "a view of ints": (
         lambda: flat.views(torch.ones(LAYOUT.numel).int(), LAYOUT),
@@ -205,4 +225,5 @@ def test_bad_parameters(case):
     call, error, message = BAD_PARAMETERS[case]
     with pytest.raises(error, match=message):
         call()
+    assert bool((OUT == 7).all())
     assert bool((OUT == 7).all())

@@ -60,6 +60,8 @@ def test_an_empty_run_is_refused():
         ({"a": True}, 1, TypeError, r"sizes\['a'\]: expected an int, got True"),
         ({3: 1}, 1, TypeError, "expected group names of type str, got 3"),
         ({"a": 1}, 0, ValueError, "align: expected at least 1, got 0"),
+        ({"a": 10**30}, 1, ValueError, "sizes: expected a number of columns of 64 bits"),
+        ({"a": 1}, 10**30, ValueError, "sizes: expected a number of columns of 64 bits"),
         ({"a": 1}, 2.0, TypeError, "align: expected an int, got 2.0"),
     ],
 )
@@ -158,6 +160,7 @@ def test_wrappers_do_not_change_the_groups():
     ("model", "granularity", "error", "message"),
     [
         (torch.nn.Linear(2, 2), "by_layer", ValueError, "granularity: expected one of .* got 'by_layer'"),
+        (torch.nn.Linear(2, 2), ["weight"], ValueError, r"granularity: expected one of .* got \['weight'\]"),
         (torch.nn.Linear(2, 2), "enc_dec", ValueError, "a component encoder or decoder"),
         (torch.nn.Linear(2, 2), lambda name: 3, TypeError, "expected a group name of type str for 'weight', got 3"),
         (

@@ -341,6 +341,7 @@ BAD = {
     "twice": ({"theta": [*MODEL.theta(), MODEL.first.weight]}, ValueError, r"theta\[6\]: expected every tensor once"),
     "in both": ({"phi": [MODEL.first.weight]}, ValueError, r"phi\[0\]: expected every tensor once, in theta or in phi"),
     "no radius": ({"radius": 0.0}, ValueError, "radius: expected a finite number above 0, got 0.0"),
+    "a huge radius": ({"radius": 10**400}, ValueError, "radius: expected a finite number above 0, got inf"),
     "a radius of a str": ({"radius": "1"}, TypeError, "radius: expected a float, got '1'"),
     "no loss": ({"loss": 1.0}, TypeError, "loss: expected a callable, got float"),
     "a loss of None": ({"loss": lambda: None}, TypeError, "loss: expected a tensor, got NoneType"),

@@ -122,6 +122,9 @@ def test_missing_losses_are_said_and_change_nothing():
         losses_of_samples(model, x, y).sum().backward()
     with tasks.task("de"):
         losses_of_samples(model, x, y).sum().backward()
+    for bad in (10**400, torch.ones(1).to_sparse()):
+        with pytest.raises(ValueError, match=r"losses\['fr'\]: expected a"):
+            tasks.report_losses({"fr": bad})
     with pytest.raises(ValueError, match="losses: expected report_losses"):
         tasks.apply()
     assert tasks.method.state == {}

@@ -28,7 +28,7 @@ def test_probabilities():
     assert huge.probabilities.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, math.inf])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0, math.inf, 10**400])
 @pytest.mark.parametrize("seed", [0, 1, -7, 2**63 - 1])
 def test_draws_follow_the_probabilities(temperature, seed):
     """Chi-square of 20,000 draws against their expected counts, smallest 15; also by pairs of neighbours."""

@@ -1063,14 +1063,37 @@ def test_task_mean_loss(batch_dim):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_task_mean_loss_counts_further_than_its_type(dtype):
+    """bfloat16 stops at 256, float16 at 65504."""
+    losses = torch.ones(70_000, dtype=dtype, requires_grad=True)
+    loss = gvk.task_mean_loss(losses, [0] * 1000 + [1] * 69_000)
+    loss.backward()
+    assert (loss.item(), loss.dtype) == (2.0, torch.float32)
+    assert torch.equal(losses.grad, torch.tensor([1 / 1000] * 1000 + [1 / 69_000] * 69_000).to(dtype))
+
+
+def test_task_mean_loss_of_no_samples_is_zero():
+    assert gvk.task_mean_loss(torch.ones(0), []).item() == 0
+    assert gvk.task_mean_loss(torch.ones(0, 3), torch.zeros(0, dtype=torch.int64)).item() == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
         ((torch.ones(3, dtype=torch.int64), [0, 0, 0]), TypeError, "losses: expected a floating-point tensor"),
         (([1.0], [0]), TypeError, "losses: expected a floating-point tensor"),
-        ((torch.ones(3), [0, 0]), ValueError, "task_of_sample: expected one task for each of 3 samples, got 2"),
+        (
+            (torch.ones(3), [0, 0]),
+            ValueError,
+            r"task_of_sample: expected one task for each of 3 samples, got shape \[2\]",
+        ),
+        ((torch.ones(3), None), TypeError, "task_of_sample: expected a tensor or a sequence, got None"),
+        ((torch.ones(3), torch.zeros(3, 1)), ValueError, r"task_of_sample: .* 3 samples, got shape \[3, 1\]"),
+        ((torch.ones(3), [0, 0, 0], None, -1), ValueError, "batch_dim: expected at least 0, got -1"),
+        ((torch.ones(3), [0, 0, 0], None, 1.0), TypeError, "batch_dim: expected an int, got 1.0"),
         ((torch.ones(3, 2), [0, 0, 0], torch.ones(3)), ValueError, "weights: expected the shape of losses"),
-        ((torch.tensor(1.0), [0]), ValueError, "task_of_sample: expected one task for each of None samples"),
+        ((torch.tensor(1.0), [0]), ValueError, r"losses: expected a dimension 0 of samples, got shape \[\]"),
     ],
 )
 def test_bad_task_mean_loss(arguments, error, match):

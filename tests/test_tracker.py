@@ -224,6 +224,13 @@ def test_bad_arguments(arguments, error, name):
         ("G", None, TypeError, "found"),
         (torch.zeros(2, 4, 4, dtype=torch.float64), None, ValueError, "found"),
         (torch.zeros(3, 4, 4), None, TypeError, "found"),
+        (torch.zeros(3, 4, 4, dtype=torch.float64, device="meta"), None, ValueError, "found"),
+        (
+            gvk.Vaccination(*[torch.zeros(3, 2, 2)] * 4, torch.zeros(3, 4, 4, dtype=torch.float64)),
+            None,
+            ValueError,
+            "found",
+        ),
         (torch.zeros(3, 2, 2, dtype=torch.float64), None, ValueError, "task_ids"),
         (torch.zeros(3, 2, 2, dtype=torch.float64), [0, 4], ValueError, "task_ids"),
         (torch.zeros(3, 2, 2, dtype=torch.float64), [1, 1], ValueError, "task_ids"),
@@ -237,6 +244,8 @@ def test_bad_updates_change_nothing(found, ids, error, name):
     with pytest.raises(error, match=f"{name}: expected"):
         tracker.update(found, ids)
     assert tracker.steps == 0
+    with pytest.raises(TypeError, match="windows: expected a slice"):
+        tracker.mean("cosine", 0)
     with pytest.raises(ValueError, match="windows: expected"):
         tracker.mean("cosine")
     with pytest.raises(ValueError, match="measure: expected one of"):

@@ -456,6 +456,38 @@ def test_in_parts_equals_one_call(name):
         assert str(whole.state_dict()) == str(parts.state_dict())
 
 
+@pytest.mark.parametrize("name", [*ALL, "GradVac"])
+def test_a_slab_has_groups_of_the_step(name):
+    method = ALL.get(name, methods.GradVac)()
+    cpu = torch.device("cpu")
+    for other in (GROUPS[:1], GROUPS[2:]):  # in a step of group 1 alone
+        begin, end = GROUPS.offsets[other.first], GROUPS.offsets[other.first + 1]
+        slab = gradients(4)[:, begin:end].contiguous()
+        refused = pytest.raises(ValueError, match="groups: expected some of the step's, 1 to 1, got")
+        with refused, method.in_parts(GROUPS[1:2], 4, cpu) as step:
+            step.vaccinate(slab, other, None, None)
+    assert method.step == 0
+    for arguments, error in (((None, 4), TypeError), ((GROUPS, "4"), TypeError), ((GROUPS, 0), ValueError)):
+        with pytest.raises(error, match=r"(groups|num_rows): expected"), method.in_parts(*arguments, cpu):
+            pass
+
+
+class OfEqualLength(methods.Weighting):
+    """A method of a user's own, as in the README."""
+
+    def weights(self, measured, state):
+        return measured.G.diagonal(dim1=1, dim2=2).rsqrt()
+
+
+def test_a_method_of_a_user_s_own():
+    grads = gradients(4)
+    found = step_of(OfEqualLength(), grads)
+    for k, (begin, end) in enumerate(GROUPS.bounds.tolist()):
+        block = grads[:, begin:end]
+        assert torch.allclose(found.gradient[begin:end], (block / block.norm(dim=1, keepdim=True)).sum(0))
+        assert torch.allclose(found.weights[k], 1 / block.norm(dim=1))
+
+
 @pytest.mark.parametrize("name", ["MGDA", "CATS", "GradNorm"])
 @pytest.mark.parametrize("num_tasks", [20, 33])
 def test_slabs_give_the_same_bits_with_many_tasks(name, num_tasks):

@@ -9,8 +9,10 @@ import torch
 from torchjd import Stateful
 from torchjd.aggregation import Aggregator
 
+from .. import checks
 from ..groups import ParameterGroups
 from ..methods import GradVac
+from ..numerics import DTYPES
 
 
 class GradVacAggregator(Aggregator, Stateful):
@@ -51,6 +53,7 @@ class GradVacAggregator(Aggregator, Stateful):
 
     def forward(self, matrix: torch.Tensor, /) -> torch.Tensor:
         """``[m, n]`` -> ``[n]``."""
+        checks.check_tensor("matrix", matrix, DTYPES, (None, None))
         groups = self.groups or ParameterGroups.from_sizes({"all": matrix.shape[1]})
         if groups.numel != matrix.shape[1] == sum(groups.sizes):
             padding = groups.numel - matrix.shape[1]

@@ -8,6 +8,18 @@ from .mgda import MGDA
 from .pcgrad import PCGrad
 from .scalarisation import Mean, Sum
 from .torchjd import FromTorchJD
-from .weighting import Weighting
+from .weighting import Measured, Weighting
 
-__all__ = ["CATS", "MGDA", "FromTorchJD", "GradNorm", "GradVac", "Mean", "Method", "PCGrad", "Sum", "Weighting"]
+__all__ = [
+    "CATS",
+    "MGDA",
+    "FromTorchJD",
+    "GradNorm",
+    "GradVac",
+    "Mean",
+    "Measured",
+    "Method",
+    "PCGrad",
+    "Sum",
+    "Weighting",
+]

@@ -96,16 +96,16 @@ class CATS(Weighting):
             self._descend(measured, given, state)
         self.num_tasks, self.state = step.num_tasks, state
 
-    def _initial(self, K: int, N: int) -> State:
+    def initial(self, K: int, N: int) -> State:
         return {
             "alpha": torch.full((K, N), 1.0 / max(1, N), dtype=torch.float64),
             "multiplier": torch.zeros(K, dtype=torch.float64),
         }
 
-    def _weights(self, measured: Measured, state: State) -> torch.Tensor:
+    def weights(self, measured: Measured, state: State) -> torch.Tensor:
         return state["alpha"][measured.rows][:, measured.task_ids]
 
-    def _learn(self, measured: Measured, losses: torch.Tensor | None, state: State) -> None:
+    def learn(self, measured: Measured, losses: torch.Tensor | None, state: State) -> None:
         if self.interval is not None and losses is not None and (self.step + 1) % self.interval == 0:
             self._descend(measured, losses, state)
 

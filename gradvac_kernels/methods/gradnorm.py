@@ -35,16 +35,16 @@ class GradNorm(Weighting):
         self.alpha = checks.check_real("alpha", alpha, 0.0)
         self.lr = checks.check_real("lr", lr, 0.0)
 
-    def _initial(self, K: int, N: int) -> State:
+    def initial(self, K: int, N: int) -> State:
         return {
             "weights": torch.ones(K, N, dtype=torch.float64),
             "first_losses": torch.full((N,), torch.nan, dtype=torch.float64),
         }
 
-    def _weights(self, measured: Measured, state: State) -> torch.Tensor:
+    def weights(self, measured: Measured, state: State) -> torch.Tensor:
         return state["weights"][measured.rows][:, measured.task_ids]
 
-    def _learn(self, measured: Measured, losses: torch.Tensor | None, state: State) -> None:
+    def learn(self, measured: Measured, losses: torch.Tensor | None, state: State) -> None:
         assert losses is not None
         ids, learned = measured.task_ids, state["weights"][measured.rows]  # a view
         first = state["first_losses"][ids]  # [T]

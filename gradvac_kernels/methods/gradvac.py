@@ -10,7 +10,7 @@ import torch
 from .. import checks, ops
 from ..groups import ParameterGroups
 from ..result import Coefficients, Vaccination
-from .method import Method, check_state, check_task_ids
+from .method import Method, check_state, check_task_ids, place_in_step
 
 
 class GradVac(Method):
@@ -83,7 +83,7 @@ class GradVac(Method):
         if self.capturable:
             with torch.inference_mode(False):  # it is counted up in place, also when that mode is over
                 step = torch.as_tensor(step, device=device)
-        return VaccineStep(self, groups.first, num_tasks, ema, step)
+        return VaccineStep(self, groups, num_tasks, ema, step)
 
     def _commit(self, step: VaccineStep) -> None:
         self.num_tasks, self.ema = step.num_tasks, step.ema
@@ -137,7 +137,12 @@ class VaccineStep:
     """
 
     def __init__(
-        self, method: GradVac, first: int, num_tasks: int, ema: torch.Tensor | None, number: int | torch.Tensor
+        self,
+        method: GradVac,
+        groups: ParameterGroups,
+        num_tasks: int,
+        ema: torch.Tensor | None,
+        number: int | torch.Tensor,
     ) -> None:
         self.num_tasks = num_tasks
         self.ema = ema
@@ -145,7 +150,7 @@ class VaccineStep:
         self.losses: torch.Tensor | None = None
         self.before: torch.Tensor | None = None  # the targets, to go back to
         self._method = method
-        self._first = first
+        self._groups = groups
 
     def vaccinate(
         self,
@@ -175,7 +180,7 @@ class VaccineStep:
         task_ids: torch.Tensor | Sequence[int] | None,
     ) -> dict[str, Any]:
         task_ids = check_task_ids(task_ids, num_rows, self.num_tasks)
-        first = groups.first - self._first
+        first = place_in_step(groups, self._groups)
         return {
             "ema": None if self.ema is None else self.ema[first : first + len(groups)],
             "beta": self._method.beta,

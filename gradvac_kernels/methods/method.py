@@ -99,6 +99,8 @@ class Method(ABC):
         Raises:
             ValueError: the number of groups does not fit the calls before; in the context, what does not fit there.
         """
+        checks.check_groups(groups)
+        checks.check_int("num_rows", num_rows, 1)
         step = self._begin(groups, num_rows, device)
         self._remember(step)
         try:
@@ -162,15 +164,28 @@ def check_state(state: Mapping[str, Any], expected: Mapping[str, Any], num_tasks
     Raises:
         TypeError, ValueError: they are not as expected.
     """
-    if not isinstance(state, dict) or state.keys() != expected.keys():
-        got = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"state: expected a dict with exactly the keys {sorted(expected)}, got {got}")
+    checks.check_keys(state, expected)
     found = state["num_tasks"]
     if found is not None:
         checks.check_int("state['num_tasks']", found, 1)
     if None not in (num_tasks, found) and found != num_tasks:
         raise ValueError(f"state['num_tasks']: expected {num_tasks}, got {found}")
     return num_tasks if found is None else found
+
+
+def place_in_step(groups: ParameterGroups, of_step: ParameterGroups) -> int:
+    """Where a slab's groups begin among those of the step.
+
+    Raises:
+        ValueError: they are not among them.
+    """
+    first = groups.first - of_step.first
+    if not 0 <= first <= len(of_step) - len(groups):
+        raise ValueError(
+            f"groups: expected some of the step's, {of_step.first} to {of_step.first + len(of_step) - 1}, "
+            f"got {groups.first} to {groups.first + len(groups) - 1}"
+        )
+    return first
 
 
 def check_task_ids(

@@ -21,7 +21,7 @@ class MGDA(Weighting):
     On a GPU a call is some thousand small operations, whatever the number of groups.
     """
 
-    def _weights(self, measured: Measured, state: State) -> torch.Tensor:
+    def weights(self, measured: Measured, state: State) -> torch.Tensor:
         return min_norm_weights(measured.G, measured.usable)
 
 

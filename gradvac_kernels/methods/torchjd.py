@@ -74,7 +74,7 @@ class FromTorchJD(Weighting):
         super()._commit(step)
         self._copies = self._trial
 
-    def _weights(self, measured: Measured, state: State) -> torch.Tensor:
+    def weights(self, measured: Measured, state: State) -> torch.Tensor:
         weights = torch.zeros_like(measured.usable, dtype=torch.float64)
         for k, (G, usable) in enumerate(zip(measured.G, measured.usable)):
             rows = usable.nonzero()[:, 0]

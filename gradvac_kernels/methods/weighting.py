@@ -12,7 +12,7 @@ from .. import checks, ops
 from ..groups import ParameterGroups
 from ..numerics import precision
 from ..result import Coefficients, Vaccination
-from .method import Method, check_state, check_task_ids
+from .method import Method, check_state, check_task_ids, place_in_step
 
 
 class Measured(NamedTuple):
@@ -56,31 +56,31 @@ class Weighting(Method):
         self.state: State = {}
 
     @abstractmethod
-    def _weights(self, measured: Measured, state: State) -> torch.Tensor:
+    def weights(self, measured: Measured, state: State) -> torch.Tensor:
         """``[K, T]`` float64, from the state of before the step; what it holds for unusable rows does not matter."""
 
-    def _learn(self, measured: Measured, losses: torch.Tensor | None, state: State) -> None:
+    def learn(self, measured: Measured, losses: torch.Tensor | None, state: State) -> None:
         """The step is over: advance the state of these groups, in place."""
 
-    def _initial(self, K: int, N: int) -> State:
+    def initial(self, K: int, N: int) -> State:
         """The state before the first step; the first value is ``[K, N]``."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, for ``torch.save``: a copy of the state, and the step."""
-        learned = {name: self.state[name].clone() if self.state else None for name in self._initial(0, 0)}
+        learned = {name: self.state[name].clone() if self.state else None for name in self.initial(0, 0)}
         return {"num_tasks": self.num_tasks, "step": self.step, **learned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         num_tasks = check_state(state, self.state_dict(), self.num_tasks)
         checks.check_int("state['step']", state["step"], 0)
-        names = list(self._initial(0, 0))
+        names = list(self.initial(0, 0))
         learned = {name: state[name] for name in names if state[name] is not None}
         if learned:
             if state["num_tasks"] is None:
                 raise ValueError("state['num_tasks']: expected an int, the number of tasks of its tensors, got None")
             checks.check_tensor(f"state[{names[0]!r}]", state[names[0]], (torch.float64,), (None, num_tasks))
-            for name, wanted in self._initial(len(state[names[0]]), num_tasks or 0).items():
+            for name, wanted in self.initial(len(state[names[0]]), num_tasks or 0).items():
                 checks.check_tensor(f"state[{name!r}]", state[name], (torch.float64,), tuple(wanted.shape))
                 if not bool((wanted.isnan() & state[name].isnan() | state[name].isfinite() & (state[name] >= 0)).all()):
                     raise ValueError(f"state[{name!r}]: expected finite numbers of at least 0, got others")
@@ -89,7 +89,7 @@ class Weighting(Method):
 
     def _begin(self, groups: ParameterGroups, num_rows: int, device: torch.device) -> WeightingStep:
         num_tasks = num_rows if self.num_tasks is None else self.num_tasks
-        state = self.state or self._initial(len(groups), num_tasks)
+        state = self.state or self.initial(len(groups), num_tasks)
         for name in list(state)[:1]:
             if len(state[name]) != len(groups):
                 known = len(state[name])
@@ -99,7 +99,7 @@ class Weighting(Method):
     def _commit(self, step: WeightingStep) -> None:
         state = {name: value.clone() for name, value in step.state.items()}
         for measured in step.measured:
-            self._learn(measured, step.losses, state)
+            self.learn(measured, step.losses, state)
         self.num_tasks, self.state = step.num_tasks, state
         self.step += 1
 
@@ -113,7 +113,7 @@ class WeightingStep:
         self.losses: torch.Tensor | None = None
         self.measured: list[Measured] = []
         self._method = method
-        self._first = groups.first
+        self._groups = groups
 
     def vaccinate(
         self,
@@ -135,7 +135,7 @@ class WeightingStep:
         dtype: torch.dtype,
     ) -> Coefficients:
         """The weights alone, from Gram matrices ``[K, T, T]`` of gradients of ``dtype``."""
-        num_rows, first = G.shape[1], groups.first - self._first
+        num_rows, first = G.shape[1], place_in_step(groups, self._groups)
         ids = check_task_ids(task_ids, num_rows, self.num_tasks)
         limits, square = precision(dtype), G.diagonal(dim1=1, dim2=2)  # [K, T]
         usable = (square >= limits.smallest) & (square <= limits.largest)  # False for NaN
@@ -145,7 +145,7 @@ class WeightingStep:
         given = ops.as_ids("task_ids", ids, G.device)
         task_ids = torch.arange(num_rows, device=G.device) if given is None else given
         measured = Measured(clean, usable, task_ids, slice(first, first + len(groups)), limits.noise)
-        weights = self._method._weights(measured, self.state)
+        weights = self._method.weights(measured, self.state)
         self.measured.append(measured)
         left_out = torch.where(square < limits.smallest, 0.0, 1.0)  # NaN is not below
         norm = clean.diagonal(dim1=1, dim2=2).sqrt()

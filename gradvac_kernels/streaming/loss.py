@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .. import checks
+
 
 def task_mean_loss(
     losses: torch.Tensor,
@@ -24,7 +26,7 @@ def task_mean_loss(
         batch_dim: the dimension of the samples in ``losses``.
 
     Returns:
-        A scalar.
+        A scalar, of the type of ``losses``; of 16 bits, in float32. Sums are taken in float64.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -33,19 +35,29 @@ def task_mean_loss(
         raise TypeError(f"losses: expected a floating-point tensor, got {getattr(losses, 'dtype', losses)!r}")
     if weights is not None and (not isinstance(weights, torch.Tensor) or weights.shape != losses.shape):
         raise ValueError(f"weights: expected the shape of losses, {list(losses.shape)}, got {_shape(weights)}")
-    size = losses.shape[batch_dim] if losses.dim() > batch_dim else None
-    if len(task_of_sample) != size:
-        raise ValueError(f"task_of_sample: expected one task for each of {size} samples, got {len(task_of_sample)}")
+    checks.check_int("batch_dim", batch_dim, 0)
+    if losses.dim() <= batch_dim:
+        raise ValueError(f"losses: expected a dimension {batch_dim} of samples, got shape {list(losses.shape)}")
+    if not isinstance(task_of_sample, (torch.Tensor, Sequence)) or isinstance(task_of_sample, str):
+        raise TypeError(f"task_of_sample: expected a tensor or a sequence, got {task_of_sample!r}")
+    given = list(task_of_sample.shape) if isinstance(task_of_sample, torch.Tensor) else [len(task_of_sample)]
+    if given != [losses.shape[batch_dim]]:
+        raise ValueError(
+            f"task_of_sample: expected one task for each of {losses.shape[batch_dim]} samples, got shape {given}"
+        )
     if not isinstance(task_of_sample, torch.Tensor):
         number: dict[Any, int] = {}
         task_of_sample = torch.tensor([number.setdefault(task, len(number)) for task in task_of_sample])
     tasks, rows = task_of_sample.to(losses.device).unique(return_inverse=True)
-    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-    total = (losses * weights).movedim(batch_dim, 0).reshape(size, -1).sum(1)  # [B]
-    share = weights.movedim(batch_dim, 0).reshape(size, -1).sum(1)
-    zeros = total.new_zeros(len(tasks))
-    share = zeros.index_add(0, rows, share)
-    return (zeros.index_add(0, rows, total) / share.where(share != 0, 1.0)).sum()
+    wide = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    weights = torch.ones_like(wide) if weights is None else weights.to(wide.dtype)
+
+    def by_task(values: torch.Tensor) -> torch.Tensor:
+        of_sample = values.movedim(batch_dim, 0)[:, None].flatten(1).sum(1, dtype=torch.float64)  # [B]
+        return of_sample.new_zeros(len(tasks)).index_add(0, rows, of_sample)
+
+    share = by_task(weights)
+    return (by_task(wide * weights) / share.where(share != 0, 1.0)).sum().to(wide.dtype)
 
 
 def _shape(value: Any) -> Any:
