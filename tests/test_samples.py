@@ -1,5 +1,6 @@
 """Where the samples lie, operation by operation, against what changes when a sample does."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -136,6 +137,12 @@ KEEPING = {
     ),
     "products by name": lambda x: torch.addmm(input=x[:, 0], mat1=x[:, 1], mat2=random(D, D)),
     "batched by name": lambda x: torch.baddbmm(input=x[:, :, :L], batch1=x, batch2=x.mT),
+    "chosen by a tuple": lambda x: x[:, (0, 2)],
+    "chosen by a range": lambda x: x[:, range(2)],
+    "chosen by NumPy": lambda x: x[:, np.array([2, 0]), 1:],
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * 1j).flatten(-2),
+    "rows of a table": lambda x: random(6, D).index_select(0, IDS[:, 0]) + x[:, 0],
+    "zero and full in part": lambda x: _cleared(x),
     "looked up": lambda x: random(B, 9).gather(1, IDS)[..., None] * x,
 }
 
@@ -144,6 +151,13 @@ def packed(x):
     lengths = torch.tensor([2, 3, 1, 2])
     sequences = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
     return nn.GRU(D, 4)(sequences)
+
+
+def _cleared(x):
+    out = x * 1
+    out[:, 0].zero_()
+    out[:, 1].fill_(2.0)
+    return out
 
 
 def _written(x):
@@ -186,7 +200,6 @@ LOSING = {
     "mean of all": lambda x: x.mean(),
     "softmax": lambda x: x.softmax(0),
     "cumsum": lambda x: x.cumsum(0),
-    "order and order": lambda x: x + x[ORDER],
     "shifted": lambda x: x[1:] + x[:-1],
     "against each other": lambda x: x[:, 0] @ x[:, 0].T,
     "contracted": lambda x: x[:, 0].T @ x[:, 0],
@@ -221,7 +234,6 @@ LOSING = {
     "one sequence of samples": lambda x: nn.GRU(D, 4)(x[:, 0])[0],
     "packed otherwise": lambda x: _packed_otherwise(x),
     "by name": lambda x: _gru(x, batch_first=True),
-    "states of others": lambda x: nn.RNN(D, D)(x.transpose(0, 1), x[None, ORDER, 0])[0],
     "linear over samples": lambda x: F.linear(x.movedim(0, -1), random(5, B)),
     "sorted": lambda x: x.sort(0).values,
     "gathered": lambda x: x.gather(0, torch.zeros(B, L, D, dtype=torch.int64)),
@@ -256,6 +268,10 @@ def _gru(x, **last):
     return torch.gru(x, x[None, :, 0].contiguous(), nn.GRU(D, D).all_weights[0], True, 1, 0.0, True, False, **last)[0]
 
 
+def _states_of_others(x):
+    return nn.RNN(D, D)(x.transpose(0, 1), x[None, ORDER, 0])[0]
+
+
 def _packed_otherwise(x):
     sequences = packed(x)[0]
     data = x.flatten(0, 1)[: len(sequences.data)]  # sample by sample, not step by step
@@ -280,7 +296,7 @@ def _written_at(x, offset):
 )
 def test_samples_are_not_moved_in_place(operation):
     """Views of them, or what they are a view of, would be placed wrongly."""
-    with pytest.raises(ValueError, match="in place"):
+    with pytest.raises(ValueError, match=r"in place|in one dimension and order"):
         follow(lambda x: operation(x * 1), random(B, L, D).requires_grad_(), torch.arange(B))
 
 
@@ -322,6 +338,12 @@ def test_the_place_is_where_the_sample_is(name):
         assert not bool((changes & ~here).any()), f"sample {sample} reaches others' places"
         reached |= changes
     assert bool(reached.any())
+
+
+@pytest.mark.parametrize("operation", [lambda x: x + x[ORDER], lambda x: _states_of_others(x)])
+def test_samples_of_two_tensors_in_other_orders_are_refused(operation):
+    with pytest.raises(ValueError, match=r"in one dimension and order, got others: .* meets samples"):
+        follow(operation, random(B, L, D).requires_grad_(), torch.arange(B))
 
 
 @pytest.mark.parametrize("name", LOSING)

@@ -111,6 +111,8 @@ class Capture(TorchFunctionMode):
                 "batch: expected the model itself to run, got DistributedDataParallel around it, which averages what "
                 "autograd gives; TaskGradients(..., process_group=...) does it for each task"
             )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise ValueError(f"batch: expected parameters outside of torch.func and torch.vmap, got {name} inside")
         try:
             self.deciding(operands)
             out = rules.rule_for(function)(self, function, args, kwargs)

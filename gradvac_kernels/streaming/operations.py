@@ -21,7 +21,7 @@ _PLAIN_NAMES |= {"rpow": "pow", "ipow": "pow", "multiply": "mul", "divide": "div
 _PLAIN_NAMES |= {"floordiv": "floor_divide", "rfloordiv": "floor_divide", "mod": "remainder", "concat": "cat"}
 _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "matmul")}
 _IN_PLACE |= {"__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__"}
-_PLAIN_NAMES |= {"absolute": "abs", "iand": "and", "ior": "or", "rmatmul": "matmul", "concatenate": "cat"}
+_PLAIN_NAMES |= {"absolute": "abs", "iand": "and", "ior": "or", "concatenate": "cat"}
 
 
 @functools.cache
@@ -91,10 +91,9 @@ SAME |= {
     "invert",
     "tril",
     "triu",
-    "multiply",
     "get data",
 }
-SAME |= {"lshift", "rshift", "ilshift", "irshift"}
+SAME |= {"zero", "fill", "lshift", "rshift", "ilshift", "irshift"}
 SAME |= {"floor_divide", "bernoulli", "view", "nan_to_num", "lt", "gt", "le", "ge", "copy", "get real", "get imag"}
 RESHAPES = {"reshape", "view_as", "reshape_as", "flatten", "unflatten", "_unsafe_view", "ravel"}
 VIEWS = {

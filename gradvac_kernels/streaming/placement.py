@@ -22,7 +22,7 @@ from .operations import (
     is_pointwise,
     tensors_in,
 )
-from .places import Loses, Lost, Pattern, Place, Samples, aligned, unified
+from .places import CONTRADICTION, Loses, Lost, Pattern, Place, Samples, aligned, unified
 
 if TYPE_CHECKING:
     from .samples import Tracker
@@ -177,6 +177,15 @@ def _of_nothing(shape: torch.Size, pattern: Pattern) -> Samples:
     return Samples(shape.index(0), Pattern(pattern.rows[:0], pattern if pattern.size else pattern.of))
 
 
+@_rule(["view_as_complex", "view_as_real"])
+def _of_pairs(call: Call) -> Place:
+    """The last dimension, of size 2, goes or comes."""
+    samples = call.deciding[0][1]
+    if samples.dim >= call.results[0].dim():
+        raise Loses("works across the samples")
+    return samples
+
+
 @_rule(["repeat", "tile", "expand", "expand_as", "broadcast_to"])
 def _repeated(call: Call) -> Place:
     (tensor, samples), out = call.deciding[0], call.results[0]
@@ -219,6 +228,8 @@ def _indexed(call: Call) -> Place:
     of_index = tracker.of(call.argument(2, "index", tensor))
     if call.name == "gather" and samples is None and isinstance(of_index, Samples):
         return of_index  # every element is looked up for itself
+    if call.name == "index_select" and samples is None and isinstance(of_index, Samples):
+        return Samples(dim % tensor.dim(), of_index.pattern)
     if not isinstance(samples, Samples) or not isinstance(dim, int):
         raise Loses("chooses samples in a way that is not followed")
     if dim % tensor.dim() != samples.dim:
@@ -241,7 +252,8 @@ def _part(tracker: Tracker, tensor: torch.Tensor, samples: Place, index: Any, pa
     listed = index if isinstance(index, tuple) else (index,)
     if not isinstance(samples, Samples):
         return _looked_up(tracker, listed)
-    if not any(isinstance(one, (torch.Tensor, list)) for one in listed):
+    listed = tuple(torch.as_tensor(one) if _is_sequence(one) else one for one in listed)
+    if not any(isinstance(one, torch.Tensor) for one in listed):
         return _of_view(_shadow(tensor, samples)[index], samples)
     # The last dimensions that no index touches are left out: there is one value for all of them.
     touched = sum(one.dim() if _is_mask(one) else one is not None for one in listed)
@@ -266,6 +278,13 @@ def _looked_up(tracker: Tracker, index: tuple[Any, ...]) -> Place:
         raise Loses("chooses in a way that is not followed")
     found = aligned(places, torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
     return Samples(len(before) + found.dim, found.pattern)
+
+
+def _is_sequence(part: Any) -> bool:
+    """Of a list, a range or of NumPy."""
+    return isinstance(part, (list, tuple, range)) or (
+        not isinstance(part, torch.Tensor) and getattr(part, "ndim", 0) > 0
+    )
 
 
 def _is_mask(part: Any) -> bool:
@@ -413,6 +432,8 @@ def _normalised(call: Call) -> Place:
 @_rule(FIRST)
 def _samples_first(call: Call) -> Place:
     call.check_alone(call.args[0])
+    if call.name.startswith("conv") and call.args[0].dim() != call.args[1].dim():
+        raise Loses("is followed with a batch only")
     return _kept(call, 0)
 
 
@@ -576,7 +597,7 @@ def _recurrent(call: Call) -> Sequence[Place]:
         if isinstance(its, Samples):  # what is lost is constant, or it would not have come here
             state = state or its
             if not state.same(_in(its, in_state, tensor, tensor)):
-                raise Loses("meets samples in different dimensions or orders")
+                raise Loses(CONTRADICTION)
     if state is None or (packed and not isinstance(samples, Samples)):
         raise Loses("has no samples that are followed")
     out = samples if isinstance(samples, Samples) else Samples(in_x, state.pattern)
@@ -595,7 +616,8 @@ def _of_first_step(samples: Samples, counts: torch.Tensor) -> Pattern:
 def _packed(call: Call) -> Sequence[Place]:
     """Sequences of falling lengths: of each step, those that are so long; and back."""
     (tensor, samples), args = call.deciding[0], call.args
-    call.check_alone(args[0])
+    if tensor is not args[0]:
+        raise Loses("is followed with samples in its first argument only")
     dim = 0 if args[2] else 1  # batch_first
     if call.name == "_pack_padded_sequence":
         rows = _in(samples, dim, tensor, tensor).rows

@@ -86,6 +86,9 @@ class Lost:
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
 
 
+CONTRADICTION = "meets samples in different dimensions or orders"
+
+
 class Loses(Exception):
     """An operation, named in front of this message, does not keep samples apart."""
 
@@ -108,5 +111,5 @@ def unified(places: Iterable[Samples]) -> Samples:
         raise Loses("works across the samples")
     first, *others = found
     if not all(first.same(other) for other in others):
-        raise Loses("meets samples in different dimensions or orders")
+        raise Loses(CONTRADICTION)
     return first

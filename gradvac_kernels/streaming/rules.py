@@ -115,7 +115,7 @@ def _linear_grads(rows: TaskRows, saved: Saved, grad: torch.Tensor, dim: int, in
 def _matmul(capture: Capture, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if len(args) != 2 or kwargs:
         return NotImplemented
-    x, weight = args if name_of(function) != "rmatmul" else args[::-1]
+    x, weight = args
     samples = capture.of(x)
     if not isinstance(samples, Samples) or not capture.shared(weight):
         return NotImplemented

@@ -17,9 +17,10 @@ import torch
 
 from . import placement
 from .operations import COLLATING, INDEXING, WITHIN, WRITING, is_in_place, is_pointwise, tensors_in
-from .places import Guessed, Loses, Lost, Pattern, Place, Samples, aligned
+from .places import CONTRADICTION, Guessed, Loses, Lost, Pattern, Place, Samples
 
 _NOTE = "gradvac_kernels.place"
+_BROADCASTING = {"matmul", "bmm", "cat"}  # beside the pointwise ones
 
 
 class Tracker:
@@ -34,7 +35,7 @@ class Tracker:
     def __init__(self, rows: torch.Tensor, batch_dim: int, own: Sequence[torch.Tensor]) -> None:
         self.rows = rows
         self.batch_dim = batch_dim
-        self._own = {id(tensor) for tensor in own}
+        self._own = {id(tensor): tensor for tensor in own}  # kept: their ids are theirs then
         self.outside = Pattern(rows)
         self._noted: list[weakref.ref[torch.Tensor]] = []
         self._seen: dict[tuple[Any, ...], tuple[Samples, list[Place]]] = {}
@@ -42,10 +43,8 @@ class Tracker:
     def of(self, tensor: torch.Tensor) -> Place:
         """Where the samples lie in ``tensor``."""
         noted = getattr(tensor, "_gradvac_place", None)
-        if noted is not None and noted[0] is self:
-            base = tensor._base if noted[1] is None or isinstance(noted[1], Guessed) else None
-            written = base is not None and tensor.requires_grad and self.has_noted(base) and self.of(base) is not None
-            return Lost("its memory was written to by other views of it") if written else noted[1]
+        if noted is not None and noted[0] is self and (noted[1] is not None or not _was_made_since(tensor)):
+            return self._of_view(tensor, noted[1])
         if id(tensor) in self._own:
             return None
         if isinstance(tensor, torch.nn.Parameter):
@@ -58,6 +57,18 @@ class Tracker:
             reason = f"an operation that cannot be followed made it ({tensor.grad_fn.name()})"
             return self._by_size(tensor, alone=True) or Lost(reason)
         return self._by_size(tensor)
+
+    def _of_view(self, tensor: torch.Tensor, place: Place) -> Place:
+        """Of a tensor that was noted, if nothing was written to its memory by other views of it."""
+        base = tensor._base
+        if base is None or isinstance(place, Lost) or not self.has_noted(base):
+            return place
+        now = base._gradvac_place[1]  # type: ignore[attr-defined]
+        if type(place) is Samples:
+            written = isinstance(now, Lost)
+        else:
+            written = tensor.requires_grad and self.of(base) is not None
+        return Lost("its memory was written to by other views of it") if written else place
 
     def note(self, tensor: torch.Tensor, place: Place) -> None:
         """Remember where the samples lie in ``tensor``."""
@@ -119,14 +130,18 @@ class Tracker:
     def _check_in_place(self, name: str, tensor: torch.Tensor, before: Place, after: Place) -> None:
         """Views of what is written to, and what it is a view of, are not to be placed wrongly from now on."""
         kept = isinstance(before, Samples) and isinstance(after, Samples) and before.same(after)
-        if kept or not tensor.requires_grad:
+        if kept:
             return
-        if before is not None:
+        if before is not None and tensor.requires_grad:
             raise ValueError(
                 f"batch: expected {name} to leave samples where they are, got it in place; write it out of place"
             )
         base = tensor._base
-        if after is not None and base is not None:
+        if base is None:
+            return
+        if before is not None:
+            self.note(base, Lost(f"{name} moved samples in a part of it"))
+        elif after is not None:
             in_none = isinstance(after, Samples) and self.of(base) is None
             lost = Lost(f"{name} wrote samples into a part of it")
             self.note(base, placement.place_of_base(self, base, tensor, after) if in_none else lost)  # type: ignore[arg-type]
@@ -156,10 +171,13 @@ class Tracker:
         lost = next((place for _, place in deciding if isinstance(place, Lost)), None)
         try:
             if lost is None:
-                self._check_broadcast(name, dependent, deciding, results[0])
+                call = placement.Call(self, name, function, args, kwargs, results, deciding)
+                self._check_broadcast(call, dependent)
             place = lost or self._followed(name, function, args, kwargs, results, deciding)
         except Loses as loses:
             place = Lost(f"{name} {loses}")
+        if isinstance(place, Lost) and place is not lost and place.reason.endswith(CONTRADICTION):
+            self._check_contradiction(place, [tensor for tensor, _ in deciding if tensor.requires_grad])
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
         alone = len(deciding) == len(dependent)
         return [self._settled(name, result, where, deciding, alone) for result, where in zip(results, places)]
@@ -203,14 +221,27 @@ class Tracker:
         guess = self._by_size(result, alone=True) if isinstance(place, Lost) and not result.requires_grad else None
         return Guessed(guess.dim, guess.pattern, place.reason) if guess and isinstance(place, Lost) else place
 
-    def _check_broadcast(self, name, dependent, deciding, out) -> None:  # type: ignore[no-untyped-def]
-        """A constant of more dimensions than what has a gradient knows better where the samples are."""
-        if len(dependent) == len(deciding) or not is_pointwise(name):
+    def _check_contradiction(self, place: Lost, tensors: Sequence[torch.Tensor]) -> None:
+        """Of two tensors that are not one, either a place was wrong, where a parameter may have been met, or samples
+        are compared with each other. A tensor beside itself is seen in losses that compare the samples of a task."""
+        if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) > 1:
+            raise ValueError(
+                f"batch: expected samples in one dimension and order, got others: {place.reason}; a tensor from "
+                "outside that is as long as there are samples, but holds none, can be made a buffer of the model"
+            )
+
+    def _check_broadcast(self, call: placement.Call, dependent: Sequence[tuple[torch.Tensor, Place]]) -> None:
+        """A constant that has samples where what has a gradient has one entry knows better where they are."""
+        if len(dependent) == len(call.deciding) or not (call.name in _BROADCASTING or is_pointwise(call.name)):
             return
-        most = max(tensor.dim() for tensor, _ in deciding)
-        larger = [pair for pair in dependent if pair[0].dim() > most and isinstance(pair[1], Samples)]
-        if larger:
-            aligned([*deciding, *larger], out.shape)
+
+        def knows_better(tensor: torch.Tensor, samples: Samples) -> bool:
+            dim = samples.dim - tensor.dim()  # from the last
+            return all(-dim > t.dim() or t.shape[dim] == 1 or not t.stride(dim) for t, _ in call.deciding)
+
+        more = [(tensor, its) for tensor, its in dependent if isinstance(its, Samples) and knows_better(tensor, its)]
+        if more:
+            placement.place(call._replace(deciding=[*call.deciding, *more]))
 
     def _collated(self, name, function, args, kwargs, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
         """What comes from outside: batches, or single samples that are as long as there are samples."""
@@ -233,3 +264,9 @@ class Tracker:
         if alone and sum(size == self.outside.size for size in tensor.shape) > 1:
             return None
         return Samples(self.batch_dim, self.outside)
+
+
+def _was_made_since(tensor: torch.Tensor) -> bool:
+    """By a function of Python's, which was not seen, into a tensor that was, such as an empty one."""
+    node: Any = tensor.grad_fn
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and _NOTE not in node.metadata
