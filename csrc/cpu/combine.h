@@ -1,6 +1,8 @@
 // Combine: the weighted sum of the rows over a run of columns, in float64.
 #pragma once
 
+#include <type_traits>
+
 #include "gradvac/cpu.h"
 #include "simd.h"
 
@@ -18,9 +20,11 @@ constexpr int kCombineVectors = 64 / kDoubles / static_cast<int>(sizeof(E)) < 4 
 template <int R, bool kFirst, bool kLast, class E, class To>
 inline void add_line(const E* rows, int64_t stride, const double (&weight)[R], const double* sums, To* to) {
   constexpr int kPairs = kCombineVectors<E> / 2, kPair = 2 * kDoubles;
-  Doubles sum[kPairs];
+  using Two = decltype(load_two(rows));
+  constexpr int kParts = sizeof(Two) / sizeof(Two{}.v[0]);
+  Two sum[kPairs];
 #pragma GCC unroll 2
-  for (int p = 0; p < kPairs; ++p) sum[p] = kFirst ? Doubles{} : load<Doubles>(sums + p * kPair);
+  for (int p = 0; p < kPairs; ++p) sum[p] = kFirst ? Two{} : load<Two>(sums + p * kPair);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     const E* row = rows + r * stride;
@@ -28,18 +32,23 @@ inline void add_line(const E* rows, int64_t stride, const double (&weight)[R], c
     prefetch(reinterpret_cast<const void*>(ahead));
 #pragma GCC unroll 2
     for (int p = 0; p < kPairs; ++p) {
-      const Doubles two = load_two(row + p * kPair);
-      sum[p].v[0] += two.v[0] * weight[r];
-      sum[p].v[1] += two.v[1] * weight[r];
+      const Two two = load_two(row + p * kPair);
+#pragma GCC unroll 4
+      for (int i = 0; i < kParts; ++i) sum[p].v[i] += two.v[i] * weight[r];
     }
   }
+  if constexpr (kLast && std::is_same_v<E, Bfloat16> && std::is_same_v<To, Bfloat16>) {
+    static_assert(kPairs == 2, "both at once");
+    store_rounded(to, sum[0], sum[1]);
+  } else {
 #pragma GCC unroll 2
-  for (int p = 0; p < kPairs; ++p) {
-    if constexpr (kLast) {
-      const Doubles two = in_order<E>(sum[p]);
-      store_rounded(to + p * kPair, two.v[0], two.v[1]);
-    } else {
-      store(to + p * kPair, sum[p]);
+    for (int p = 0; p < kPairs; ++p) {
+      if constexpr (kLast) {
+        const Doubles two = in_order<E>(sum[p]);
+        store_rounded(to + p * kPair, two.v[0], two.v[1]);
+      } else {
+        store(to + p * kPair, sum[p]);
+      }
     }
   }
 }
