@@ -52,7 +52,14 @@ POSITIONS = {
     "added": lambda m, x: m["head"](x + m["positions"](IDS)[None]),
     "a table of no gradient": lambda m, x: m["head"](x + m["inner"](TABLE)[None]),
     "beside": lambda m, x: m["head2"](torch.cat([x, m["positions"](IDS)[None].expand(N, -1, -1)], -1)),
+    "beside in another dimension": lambda m, x: m["head"](torch.stack([x, m["positions"](IDS).expand(N, -1, -1)], 2)),
     "multiplied": lambda m, x: m["head"](m["positions"](IDS) @ x),
+    "multiplied by letters": lambda m, x: m["head"](torch.einsum("bld,ld->bld", x, m["positions"](IDS))),
+    "multiplied and added": lambda m, x: m["head"](torch.baddbmm(m["positions"](IDS)[None], x, x)),
+    "repeated": lambda m, x: m["head"](x + m["positions"](IDS)[None].repeat(N, 1, 1)),
+    "copied": lambda m, x: m["head"](x * m["positions"](IDS).expand(N, -1, -1).contiguous()),
+    "repeated and multiplied": lambda m, x: m["head"](m["positions"](IDS).repeat(N, 1, 1) @ x),
+    "repeated beside": lambda m, x: m["head2"](torch.cat([x, m["positions"](IDS)[None].repeat(N, 1, 1)], -1)),
 }
 
 
@@ -81,6 +88,37 @@ def test_names_of_classes_from_outside(classes):
         check_refused(model, losses_of, inputs, "one dimension and order, got others: matmul meets")
     else:
         both_ways(model, losses_of, inputs)
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.T, F.linear])
+def test_names_of_classes_beside_features_without_a_gradient(product):
+    model = model_of(names=nn.Embedding(N, N))
+
+    def losses_of(m, inputs):
+        return F.cross_entropy(product(inputs[0], m["names"](IDS)), inputs[1], reduction="none")
+
+    check_refused(model, losses_of, [features(N, N), torch.tensor([0, 1, 2, 1])], "got others: .* meets samples")
+
+
+@pytest.mark.parametrize("look_up", [lambda i: TABLE[i], lambda i: TABLE.index_select(0, i)])
+def test_a_table_from_outside(look_up):
+    """Row b of it is not sample b, as what each looks up in it shows."""
+    model = model_of(head=nn.Linear(N, 2))
+    rows = torch.tensor([1, 0, 3, 2])
+    check_refused(
+        model, lambda m, inputs: mean_square(m["head"](look_up(inputs[0]))), [rows], "belongs to other samples"
+    )
+
+
+def test_parameters_that_fill_samples_are_refused():
+    model = model_of(inner=nn.Linear(N, N), one=nn.Linear(1, 1))
+
+    def losses_of(m, inputs):
+        h = m["inner"](inputs[0])
+        h[:, 1].fill_(m["one"].bias[0])
+        return mean_square(h)
+
+    check_refused(model, losses_of, [features(N, N)], "batch: expected fill")
 
 
 def test_samples_of_a_task_may_be_compared_after_the_last_parameter():

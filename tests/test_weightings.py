@@ -472,6 +472,16 @@ def test_a_slab_has_groups_of_the_step(name):
             pass
 
 
+@pytest.mark.parametrize("name", ["Sum", "MGDA", "CATS"])
+def test_a_square_that_overflowed_is_not_a_zero(name):
+    """Of parts of infinite products a sum may be minus infinity."""
+    G = torch.eye(4, dtype=torch.float64).repeat(3, 1, 1)
+    G[1, 2, 2] = -torch.inf
+    with ALL[name]().in_parts(GROUPS, 4, G.device) as step:
+        step.losses = losses_of(4)
+        assert float(step.weigh(G, GROUPS, None, torch.float32).weights[1, 2]) == 1.0
+
+
 class OfEqualLength(methods.Weighting):
     """A method of a user's own, as in the README."""
 

@@ -147,7 +147,7 @@ class WeightingStep:
         measured = Measured(clean, usable, task_ids, slice(first, first + len(groups)), limits.noise)
         weights = self._method.weights(measured, self.state)
         self.measured.append(measured)
-        left_out = torch.where(square < limits.smallest, 0.0, 1.0)  # NaN is not below
+        left_out = torch.where(square.abs() < limits.smallest, 0.0, 1.0)  # NaN is not below
         norm = clean.diagonal(dim1=1, dim2=2).sqrt()
         cosine = (clean / norm[:, :, None] / norm[:, None, :]).clamp(-1.0, 1.0)
         return Coefficients(

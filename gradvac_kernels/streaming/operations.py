@@ -93,7 +93,7 @@ SAME |= {
     "triu",
     "get data",
 }
-SAME |= {"zero", "fill", "lshift", "rshift", "ilshift", "irshift"}
+SAME |= {"zero", "lshift", "rshift", "ilshift", "irshift"}
 SAME |= {"floor_divide", "bernoulli", "view", "nan_to_num", "lt", "gt", "le", "ge", "copy", "get real", "get imag"}
 RESHAPES = {"reshape", "view_as", "reshape_as", "flatten", "unflatten", "_unsafe_view", "ravel"}
 VIEWS = {

@@ -236,6 +236,7 @@ def _indexed(call: Call) -> Place:
         return Samples(samples.dim, samples.rows[: out.shape[samples.dim]])
     if call.name != "index_select":
         raise Loses("works across the samples")
+    _check_table(tracker, tensor, samples, call.argument(2, "index"))
     rows = samples.rows[call.argument(2, "index").cpu()]
     return Samples(samples.dim, Pattern(rows, samples.pattern))
 
@@ -255,6 +256,8 @@ def _part(tracker: Tracker, tensor: torch.Tensor, samples: Place, index: Any, pa
     listed = tuple(torch.as_tensor(one) if _is_sequence(one) else one for one in listed)
     if not any(isinstance(one, torch.Tensor) for one in listed):
         return _of_view(_shadow(tensor, samples)[index], samples)
+    if isinstance(index, torch.Tensor) and not _is_mask(index) and samples.dim == 0:
+        _check_table(tracker, tensor, samples, index)
     # The last dimensions that no index touches are left out: there is one value for all of them.
     touched = sum(one.dim() if _is_mask(one) else one is not None for one in listed)
     if any(one is Ellipsis for one in listed) or touched <= samples.dim:
@@ -262,6 +265,15 @@ def _part(tracker: Tracker, tensor: torch.Tensor, samples: Place, index: Any, pa
     listed = tuple(one.cpu() if isinstance(one, torch.Tensor) else one for one in listed)
     shape = (*tensor.shape[:touched], *[1] * (tensor.dim() - touched))
     return _of_values(_shadow(tensor, samples, shape)[listed], part.shape, samples.pattern)
+
+
+def _check_table(tracker: Tracker, tensor: torch.Tensor, samples: Samples, index: torch.Tensor) -> None:
+    """A constant that is as long as there are samples, and in which each of them looks something up, holds none."""
+    its = tracker.of(index)
+    if type(its) is not Samples or index.dim() != 1 or tensor.requires_grad:
+        return
+    if not torch.equal(samples.rows[index.cpu()], its.rows):
+        raise Loses("looks up what belongs to other samples, or to none")
 
 
 def _looked_up(tracker: Tracker, index: tuple[Any, ...]) -> Place:

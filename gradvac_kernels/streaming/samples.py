@@ -10,7 +10,7 @@ where the caller says that samples lie.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ from .operations import COLLATING, INDEXING, WITHIN, WRITING, is_in_place, is_po
 from .places import CONTRADICTION, Guessed, Loses, Lost, Pattern, Place, Samples
 
 _NOTE = "gradvac_kernels.place"
-_BROADCASTING = {"matmul", "bmm", "cat"}  # beside the pointwise ones
+_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
+_BROADCASTING = {*_PRODUCTS, "cat", "stack"}  # beside the pointwise ones
 
 
 class Tracker:
@@ -176,8 +177,9 @@ class Tracker:
             place = lost or self._followed(name, function, args, kwargs, results, deciding)
         except Loses as loses:
             place = Lost(f"{name} {loses}")
-        if isinstance(place, Lost) and place is not lost and place.reason.endswith(CONTRADICTION):
-            self._check_contradiction(place, [tensor for tensor, _ in deciding if tensor.requires_grad])
+        contradicts = isinstance(place, Lost) and place is not lost and place.reason.endswith(CONTRADICTION)
+        if contradicts and _are_several(tensor for tensor, _ in deciding if tensor.requires_grad):
+            raise _contradiction(place.reason)
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
         alone = len(deciding) == len(dependent)
         return [self._settled(name, result, where, deciding, alone) for result, where in zip(results, places)]
@@ -221,27 +223,22 @@ class Tracker:
         guess = self._by_size(result, alone=True) if isinstance(place, Lost) and not result.requires_grad else None
         return Guessed(guess.dim, guess.pattern, place.reason) if guess and isinstance(place, Lost) else place
 
-    def _check_contradiction(self, place: Lost, tensors: Sequence[torch.Tensor]) -> None:
-        """Of two tensors that are not one, either a place was wrong, where a parameter may have been met, or samples
-        are compared with each other. A tensor beside itself is seen in losses that compare the samples of a task."""
-        if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) > 1:
-            raise ValueError(
-                f"batch: expected samples in one dimension and order, got others: {place.reason}; a tensor from "
-                "outside that is as long as there are samples, but holds none, can be made a buffer of the model"
-            )
-
     def _check_broadcast(self, call: placement.Call, dependent: Sequence[tuple[torch.Tensor, Place]]) -> None:
-        """A constant that has samples where what has a gradient has one entry knows better where they are."""
-        if len(dependent) == len(call.deciding) or not (call.name in _BROADCASTING or is_pointwise(call.name)):
+        """A constant that has samples where what has a gradient has one entry, or none, knows better where they are."""
+        constants = [(tensor, its) for tensor, its in dependent if type(its) is Samples and not tensor.requires_grad]
+        if not constants or not any(tensor.requires_grad for tensor, _ in call.deciding):
             return
-
-        def knows_better(tensor: torch.Tensor, samples: Samples) -> bool:
-            dim = samples.dim - tensor.dim()  # from the last
-            return all(-dim > t.dim() or t.shape[dim] == 1 or not t.stride(dim) for t, _ in call.deciding)
-
-        more = [(tensor, its) for tensor, its in dependent if isinstance(its, Samples) and knows_better(tensor, its)]
-        if more:
-            placement.place(call._replace(deciding=[*call.deciding, *more]))
+        better = [pair for pair in constants if _knows_better(call, *pair)]
+        if not better:
+            return
+        try:
+            if call.name == "linear":
+                raise Loses(CONTRADICTION)
+            placement.place(call._replace(deciding=[*call.deciding, *better]))
+        except Loses as loses:
+            if str(loses) == CONTRADICTION:
+                raise _contradiction(f"{call.name} {loses}") from None
+            raise
 
     def _collated(self, name, function, args, kwargs, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
         """What comes from outside: batches, or single samples that are as long as there are samples."""
@@ -270,3 +267,37 @@ def _was_made_since(tensor: torch.Tensor) -> bool:
     """By a function of Python's, which was not seen, into a tensor that was, such as an empty one."""
     node: Any = tensor.grad_fn
     return isinstance(node, torch.autograd.function.BackwardCFunction) and _NOTE not in node.metadata
+
+
+def _knows_better(call: placement.Call, tensor: torch.Tensor, samples: Samples) -> bool:
+    """A constant among what decides, of which it is known where its samples are."""
+    name, deciding = call.name, call.deciding
+    if name in ("matmul", "mm", "linear") and tensor is call.args[0] and tensor.dim() == 2:  # features, and a table
+        return samples.dim == 0 and all(t is call.args[1] and its.dim == int(name != "linear") for t, its in deciding)
+    if name not in _BROADCASTING and not is_pointwise(name):
+        return False
+    dim = samples.dim - tensor.dim()  # from the last
+    if all(-dim > t.dim() or not _is_long(t, dim) for t, _ in deciding):
+        return True
+    if name in _PRODUCTS and tensor.dim() < 3:
+        return False
+    both = all(tensor.dim() >= t.dim() and _is_long(tensor, its.dim - t.dim()) for t, its in deciding)
+    return both and _is_long(tensor, dim)
+
+
+def _is_long(tensor: torch.Tensor, dim: int) -> bool:
+    """It has different entries along the dimension."""
+    return tensor.shape[dim] > 1 and tensor.stride(dim) != 0
+
+
+def _are_several(tensors: Iterable[torch.Tensor]) -> bool:
+    """A tensor beside itself is seen in losses that compare the samples of a task."""
+    return len({tensor.untyped_storage().data_ptr() for tensor in tensors}) > 1
+
+
+def _contradiction(reason: str) -> ValueError:
+    """Of two tensors: one was placed wrongly, and may have met a parameter; or samples are compared with each other."""
+    return ValueError(
+        f"batch: expected samples in one dimension and order, got others: {reason}; what is as long as there are "
+        "samples, but holds none, can be made a buffer of the model; samples are compared in one tensor (z @ z.T)"
+    )
