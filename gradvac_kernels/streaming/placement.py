@@ -22,7 +22,7 @@ from .operations import (
     is_pointwise,
     tensors_in,
 )
-from .places import CONTRADICTION, Loses, Lost, Pattern, Place, Samples, aligned, unified
+from .places import Contradicts, Loses, Lost, Pattern, Place, Samples, aligned, unified
 
 if TYPE_CHECKING:
     from .samples import Tracker
@@ -609,7 +609,7 @@ def _recurrent(call: Call) -> Sequence[Place]:
         if isinstance(its, Samples):  # what is lost is constant, or it would not have come here
             state = state or its
             if not state.same(_in(its, in_state, tensor, tensor)):
-                raise Loses(CONTRADICTION)
+                raise Contradicts
     if state is None or (packed and not isinstance(samples, Samples)):
         raise Loses("has no samples that are followed")
     out = samples if isinstance(samples, Samples) else Samples(in_x, state.pattern)

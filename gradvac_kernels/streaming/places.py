@@ -86,11 +86,15 @@ class Lost:
 Place = Samples | Lost | None  # None: the tensor does not depend on samples
 
 
-CONTRADICTION = "meets samples in different dimensions or orders"
-
-
 class Loses(Exception):
     """An operation, named in front of this message, does not keep samples apart."""
+
+
+class Contradicts(Loses):
+    """It is given samples in different dimensions or orders."""
+
+    def __init__(self) -> None:
+        super().__init__("meets samples in different dimensions or orders")
 
 
 def aligned(known: Sequence[tuple[torch.Tensor, Samples]], shape: torch.Size) -> Samples:
@@ -111,5 +115,5 @@ def unified(places: Iterable[Samples]) -> Samples:
         raise Loses("works across the samples")
     first, *others = found
     if not all(first.same(other) for other in others):
-        raise Loses(CONTRADICTION)
+        raise Contradicts
     return first

@@ -17,7 +17,7 @@ import torch
 
 from . import placement
 from .operations import COLLATING, INDEXING, WITHIN, WRITING, is_in_place, is_pointwise, tensors_in
-from .places import CONTRADICTION, Guessed, Loses, Lost, Pattern, Place, Samples
+from .places import Contradicts, Guessed, Loses, Lost, Pattern, Place, Samples
 
 _NOTE = "gradvac_kernels.place"
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
@@ -170,32 +170,32 @@ class Tracker:
         if name in INDEXING and isinstance(known[0][1], Samples):
             deciding = known[:1]
         lost = next((place for _, place in deciding if isinstance(place, Lost)), None)
-        try:
-            if lost is None:
-                call = placement.Call(self, name, function, args, kwargs, results, deciding)
-                self._check_broadcast(call, dependent)
-            place = lost or self._followed(name, function, args, kwargs, results, deciding)
-        except Loses as loses:
-            place = Lost(f"{name} {loses}")
-        contradicts = isinstance(place, Lost) and place is not lost and place.reason.endswith(CONTRADICTION)
-        if contradicts and _are_several(tensor for tensor, _ in deciding if tensor.requires_grad):
-            raise _contradiction(place.reason)
+        place = lost or self._followed(placement.Call(self, name, function, args, kwargs, results, deciding), dependent)
         places = list(place) if isinstance(place, (list, tuple)) else [place] * len(results)
         alone = len(deciding) == len(dependent)
         return [self._settled(name, result, where, deciding, alone) for result, where in zip(results, places)]
 
-    def _followed(self, name, function, args, kwargs, results, deciding) -> Any:  # type: ignore[no-untyped-def]
+    def _followed(self, call: placement.Call, dependent: Sequence[tuple[torch.Tensor, Place]]) -> Any:
+        better = _who_know_better(call, dependent)
         try:
-            place: Any = placement.place(placement.Call(self, name, function, args, kwargs, results, deciding))
+            if better:
+                if call.name == "linear":
+                    raise Contradicts
+                placement.place(call._replace(deciding=[*call.deciding, *better]))
+            place: Any = placement.place(call)
+        except Contradicts as contradicts:
+            if better or _are_several(tensor for tensor, _ in call.deciding if tensor.requires_grad):
+                raise _contradiction(f"{call.name} {contradicts}") from None
+            place = Lost(f"{call.name} {contradicts}")
         except Loses as loses:
-            place = Lost(f"{name} {loses}")
+            place = Lost(f"{call.name} {loses}")
         except (TypeError, IndexError, AttributeError, KeyError, ValueError, RuntimeError):
-            place = Lost(f"{name} is called in a way that is not followed")
+            place = Lost(f"{call.name} is called in a way that is not followed")
         if not isinstance(place, Lost):
             return place
         # Of one task, whatever became of it: but not with anything beside it that may be of another.
-        pattern = deciding[0][1].pattern
-        alone = name in WITHIN and pattern.uniform and len(list(tensors_in((*args, kwargs)))) == 1
+        pattern = call.deciding[0][1].pattern
+        alone = call.name in WITHIN and pattern.uniform and len(list(tensors_in((*call.args, call.kwargs)))) == 1
         return Samples(0, pattern.rows[:1]) if self.outside.uniform or alone else place
 
     def _settled(
@@ -222,23 +222,6 @@ class Tracker:
         # A constant that no rule places is as one that comes from outside.
         guess = self._by_size(result, alone=True) if isinstance(place, Lost) and not result.requires_grad else None
         return Guessed(guess.dim, guess.pattern, place.reason) if guess and isinstance(place, Lost) else place
-
-    def _check_broadcast(self, call: placement.Call, dependent: Sequence[tuple[torch.Tensor, Place]]) -> None:
-        """A constant that has samples where what has a gradient has one entry, or none, knows better where they are."""
-        constants = [(tensor, its) for tensor, its in dependent if type(its) is Samples and not tensor.requires_grad]
-        if not constants or not any(tensor.requires_grad for tensor, _ in call.deciding):
-            return
-        better = [pair for pair in constants if _knows_better(call, *pair)]
-        if not better:
-            return
-        try:
-            if call.name == "linear":
-                raise Loses(CONTRADICTION)
-            placement.place(call._replace(deciding=[*call.deciding, *better]))
-        except Loses as loses:
-            if str(loses) == CONTRADICTION:
-                raise _contradiction(f"{call.name} {loses}") from None
-            raise
 
     def _collated(self, name, function, args, kwargs, results, known) -> Sequence[Place]:  # type: ignore[no-untyped-def]
         """What comes from outside: batches, or single samples that are as long as there are samples."""
@@ -267,6 +250,16 @@ def _was_made_since(tensor: torch.Tensor) -> bool:
     """By a function of Python's, which was not seen, into a tensor that was, such as an empty one."""
     node: Any = tensor.grad_fn
     return isinstance(node, torch.autograd.function.BackwardCFunction) and _NOTE not in node.metadata
+
+
+def _who_know_better(
+    call: placement.Call, dependent: Sequence[tuple[torch.Tensor, Place]]
+) -> list[tuple[torch.Tensor, Samples]]:
+    """Constants that have samples where what has a gradient has one entry, or none."""
+    if not any(tensor.requires_grad for tensor, _ in call.deciding):
+        return []
+    constants = [(tensor, its) for tensor, its in dependent if type(its) is Samples and not tensor.requires_grad]
+    return [pair for pair in constants if _knows_better(call, *pair)]
 
 
 def _knows_better(call: placement.Call, tensor: torch.Tensor, samples: Samples) -> bool:
