@@ -51,6 +51,7 @@ TABLE = features(N, N)
 POSITIONS = {
     "added": lambda m, x: m["head"](x + m["positions"](IDS)[None]),
     "a table of no gradient": lambda m, x: m["head"](x + m["inner"](TABLE)[None]),
+    "added to one": lambda m, x: m["head"](x[:, :1] + m["positions"](IDS)[None]),
     "beside": lambda m, x: m["head2"](torch.cat([x, m["positions"](IDS)[None].expand(N, -1, -1)], -1)),
     "beside in another dimension": lambda m, x: m["head"](torch.stack([x, m["positions"](IDS).expand(N, -1, -1)], 2)),
     "multiplied": lambda m, x: m["head"](m["positions"](IDS) @ x),
@@ -110,6 +111,12 @@ def test_a_table_from_outside(look_up):
     )
 
 
+def test_rows_of_a_parameter():
+    model = model_of(table=nn.Embedding(N, N), head=nn.Linear(N, 2))
+    rows = torch.tensor([1, 0, 3, 2])
+    both_ways(model, lambda m, x: mean_square(m["head"](m["table"].weight.index_select(0, x[0]))), [rows])
+
+
 def test_parameters_that_fill_samples_are_refused():
     model = model_of(inner=nn.Linear(N, N), one=nn.Linear(1, 1))
 
@@ -147,14 +154,15 @@ def test_constants_written_into_a_part():
     check_refused(model, lambda m, x: losses_of(m, x, mixes=True), [features(N, N - 1, N)], "mean works across")
 
 
-@pytest.mark.parametrize("through", ["its base", "a view"])
+@pytest.mark.parametrize("through", ["itself", "a view", "its base"])
 def test_constants_moved_through_another_view(through):
-    model, order = model_of(head=nn.Linear(N * N, 2)), torch.tensor([2, 0, 3, 1])
+    model = model_of(head=nn.Linear(N * N, 2))
 
     def losses_of(m, inputs):
-        x = inputs[0].clone()
+        x, order = inputs[0].clone(), torch.tensor([2, 0, 3, 1])
         flat = x.view(len(x), -1)
-        x[:] = x[order]
+        moved = flat if through == "its base" else x
+        moved[:] = moved[order]
         return mean_square(m["head"](flat if through == "a view" else x.flatten(1)))
 
     check_refused(model, losses_of, [features(N, N, N)], "to belong to one sample|in place")

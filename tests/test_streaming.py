@@ -1073,6 +1073,13 @@ def test_task_mean_loss_counts_further_than_its_type(dtype):
     assert torch.equal(losses.grad, torch.tensor([1 / 1000] * 1000 + [1 / 69_000] * 69_000).to(dtype))
 
 
+def test_task_mean_loss_adds_many_weights():
+    """In float32, one after another, they would be a thousandth off."""
+    losses = torch.ones(200_000, requires_grad=True)
+    gvk.task_mean_loss(losses, torch.zeros(len(losses), dtype=torch.int64), torch.full_like(losses, 0.1)).backward()
+    assert losses.grad.tolist() == pytest.approx([1 / 200_000] * 200_000, rel=1e-6)
+
+
 def test_task_mean_loss_of_no_samples_is_zero():
     assert gvk.task_mean_loss(torch.ones(0), []).item() == 0
     assert gvk.task_mean_loss(torch.ones(0, 3), torch.zeros(0, dtype=torch.int64)).item() == 0
