@@ -22,7 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import gradvac_kernels as gvk
-from gradvac_kernels.backends.triton import coefficient_kernels, combine_kernels, cross_gram_kernels, gram_kernels
+from gradvac_kernels.backends.triton import (
+    coefficient_kernels,
+    combine_kernels,
+    cross_gram_kernels,
+    device,
+    gram_kernels,
+)
 from gradvac_kernels.backends.triton.plan import make_plan
 from gradvac_kernels.numerics import precision
 
@@ -182,17 +188,18 @@ if __name__ == "__main__":
     parser.add_argument("kernel", nargs="?", default="", help="only launches whose kernel and case contain this")
     parser.add_argument("--capability", type=int, nargs="*", default=(80, 90, 100))
     chosen = parser.parse_args()
-    seen = set()
-    for name, launches in cases():
-        for kernel, args, options in launches:
-            if chosen.kernel not in f"{kernel.fn.__name__} {name}":
-                continue
-            source, settings = specialise(kernel, args, options)
-            same = (source.hash(), *sorted(settings.items()))
-            if same in seen:
-                continue
-            seen.add(same)
-            for capability in chosen.capability:
+    for capability in chosen.capability:
+        device.is_hopper = lambda _, capability=capability: capability // 10 == 9
+        seen = set()
+        for name, launches in cases():
+            for kernel, args, options in launches:
+                if chosen.kernel not in f"{kernel.fn.__name__} {name}":
+                    continue
+                source, settings = specialise(kernel, args, options)
+                same = (source.hash(), *sorted(settings.items()))
+                if same in seen:
+                    continue
+                seen.add(same)
                 compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=settings)
                 line = {"kernel": kernel.fn.__name__, "case": name, "capability": capability}
                 print(json.dumps({**line, **resources(compiled)}), flush=True)

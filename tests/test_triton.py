@@ -75,10 +75,11 @@ def test_a_slab_is_cut_as_the_whole_buffer(sizes, data):
 def test_a_configuration_for_any_number_of_rows():
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         for T in range(1, 300):
-            config = gram_kernels.choose_config(T, dtype)
-            assert gram_kernels.block_pairs(T, config.rows) >= 1
-            assert config.kernel == "double" if dtype == torch.float64 else config.kernel in ("outer", "dot")
-            assert config.kernel != "outer" or config.rows == T
+            for hopper in (False, True):
+                config = gram_kernels.choose_config(T, dtype, hopper)
+                assert gram_kernels.block_pairs(T, config.rows) >= 1
+                assert config.kernel == "double" if dtype == torch.float64 else config.kernel in ("outer", "dot")
+                assert config.kernel != "outer" or config.rows == T
 
 
 @interpreted
@@ -91,6 +92,9 @@ def test_a_configuration_for_any_number_of_rows():
         (18, torch.float32, gram_kernels.Config("dot", 16, 32, 1, chain=4)),
         (18, torch.bfloat16, gram_kernels.Config("dot", 32, 32, 1, chain=4)),
         (18, torch.bfloat16, gram_kernels.Config("dot", 64, 32, 4, chain=2, unit=32)),
+        (18, torch.float16, gram_kernels.Config("dot", 64, 64, 4, unit=32)),
+        (18, torch.bfloat16, gram_kernels.Config("dot", 64, 64, 4, chain=2, unit=32)),
+        (18, torch.bfloat16, gram_kernels.Config("dot", 16, 64, 1, chain=2, unit=32)),
         (18, torch.bfloat16, gram_kernels.Config("double", 8, 64, 4)),
         (9, torch.bfloat16, gram_kernels.Config("outer", 9, 256, 1)),
     ],
@@ -108,6 +112,25 @@ def test_any_configuration_gives_the_gram(T, dtype, config, monkeypatch):
     assert bool(((G - exact).abs() <= 1e-7 * lengths[:, :, None] * lengths[:, None]).all())
     assert torch.equal(G, G.mT)
     assert not bool(arrived.any())
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # infinity times zero
+def test_two_units_a_load():
+    """What is not finite concerns its row only, also in the columns of the other unit; and the bits are those of any
+    alignment."""
+    groups, T = gvk.ParameterGroups.from_sizes({"one": RUN + 72}), 5
+    plan = make_plan(edges_of(groups), T, CPU)
+    found = []
+    for skew, value in ((0, -torch.inf), (1, -torch.inf), (0, 0.0)):
+        grads = task_gradients(T, groups, dtype=torch.bfloat16, skew=skew)
+        grads[2, 40] = value
+        found.append(gram_kernels.measure(grads, plan, gram_kernels.Config("dot", 64, 64, 4, unit=32))[0])
+    assert torch.equal(found[0].nan_to_num(7.0), found[1].nan_to_num(7.0))
+    hit = torch.zeros(T, T, dtype=torch.bool)
+    hit[2] = hit[:, 2] = True
+    assert torch.equal(found[0][0].isfinite(), ~hit)
+    assert torch.equal(found[0][0][~hit], found[2][0][~hit])
 
 
 @interpreted

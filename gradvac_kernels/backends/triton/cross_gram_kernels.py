@@ -131,7 +131,7 @@ MOST_PAIRS = 65535  # of blocks: the second dimension of a grid
 def cross_measure(x: torch.Tensor, y: torch.Tensor, plan: Plan, config: Config | None = None) -> torch.Tensor:
     """C [K, T, U] float64."""
     T, U, dtype = len(x), len(y), x.dtype
-    config = config or choose_blocks(max(T, U), dtype)
+    config = config or choose_blocks(max(T, U), dtype, device.is_hopper(x.device))
     rows, lanes = choose_sums(max(T, U))
     if block_pairs(T, U, min(rows, config.rows)) > MOST_PAIRS:
         raise ValueError(f"a: expected at most {MOST_PAIRS} pairs of 8 of its rows and 8 of b's, got {T} x {U} rows")

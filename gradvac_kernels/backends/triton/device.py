@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from contextlib import AbstractContextManager
 
 import torch
@@ -25,6 +26,12 @@ def current(device: torch.device) -> AbstractContextManager[object]:
     if device.type == "cpu":
         return contextlib.nullcontext()
     return torch.get_device_module(device).device(device)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9: matrix units of four warps, which take one factor from registers."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def aligned(columns: torch.Tensor) -> bool:

@@ -164,15 +164,32 @@ def _units(b_x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, 
     """[ROWS, COLUMNS] -> COLUMNS / UNIT times [ROWS, UNIT], each what a matrix unit adds up.
 
     Of 16 columns a lane feeds 2 and 2: here those are next to each other, and WIDTH / 4 times that is one load. So a
-    tile gets from memory to the matrix units of a warp without being rearranged. Those of four warps, which take more
-    rows, read what was loaded to shared memory as it is: there a tile is one unit.
+    tile gets from memory to the matrix units of a warp without being rearranged. For four warps: ``_halves``.
     """
     if UNIT > 16:
-        tl.static_assert(COLUMNS == UNIT)
-        return (b_x,)
+        return _halves(b_x, COLUMNS, UNIT)
     else:
         b_x = tl.reshape(b_x, [ROWS, COLUMNS // (4 * WIDTH), 4, WIDTH // 4, 2, 2])  # loads, lanes, units, halves, pairs
         return _split_rows(tl.permute(b_x, (0, 4, 2, 5, 3, 1)), ROWS, COLUMNS // 16)
+
+
+@triton.jit
+def _halves(b_x, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
+    """A tile of one unit as it is; one of two twice, as wide as it was, with zeros in place of the other unit.
+
+    Matrix units of four warps read the second factor from shared memory, all columns that were loaded. In the first
+    one, which comes from registers, zeros leave out those of the other unit, exactly: twice the products, but loads of
+    two units, 128 bytes of a row, are what memory is fast at. (Where the second factor is not finite, nor is the sum.)
+    """
+    if COLUMNS == UNIT:
+        return (b_x,)
+    else:
+        tl.static_assert(COLUMNS == 2 * UNIT)
+        # from constants: from tl.arange, the compiler would not apply it to registers that go straight to a product
+        first = tl.trans(tl.join(tl.full([UNIT], -1, tl.int16), tl.zeros([UNIT], tl.int16)))
+        first = tl.reshape(first, [COLUMNS])[None, :]
+        b_bits = b_x.to(tl.int16, bitcast=True)
+        return (b_bits & first).to(b_x.dtype, bitcast=True), (b_bits & ~first).to(b_x.dtype, bitcast=True)
 
 
 @triton.jit
@@ -244,12 +261,17 @@ def _chain(
     for c in tl.static_range(CHAIN):
         b_x = _tile(p_x, x_stride, o_rows, start + c * COLUMNS, end, T, COLUMNS, WIDTH, WHOLE)
         units = _units(b_x, ROWS, COLUMNS, WIDTH, UNIT)
-        if not ONE_BLOCK:
+        if ONE_BLOCK:
+            b_y = b_x
+        else:
             b_y = _tile(p_y, y_stride, o_others, start + c * COLUMNS, end, U, COLUMNS, WIDTH, WHOLE)
+        if UNIT > 16:
+            others = (b_y,) * (COLUMNS // UNIT)
+        elif not ONE_BLOCK:
             others = _units(b_y, ROWS, COLUMNS, WIDTH, UNIT)
         for u in tl.static_range(COLUMNS // UNIT):
             x = _parts(units[u], PARTS, WIDEN)
-            y = x if ONE_BLOCK else _parts(others[u], PARTS, WIDEN)
+            y = x if ONE_BLOCK and UNIT == 16 else _parts(others[u], PARTS, WIDEN)
             b_products = _multiply(x, y, PARTS, ONE_BLOCK)
             if c + u == 0:
                 b_chain = b_products
@@ -411,7 +433,7 @@ class Config(NamedTuple):
     num_stages: int = 1
     chain: int = 1
     registers: int | None = None  # a thread, where the compiler is not to decide
-    unit: int = 16  # of dot: columns that a matrix unit adds up; 32 where those are all ``columns``
+    unit: int = 16  # of dot: columns that a matrix unit adds up; where it is 32, ``columns`` are 32 or 64
 
     def options(self) -> dict[str, int]:
         """Of the launch."""
@@ -432,11 +454,12 @@ def parts(dtype: torch.dtype) -> int:
     return 1 if dtype.itemsize == 2 else 3
 
 
-def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
+def choose_config(num_rows: int, dtype: torch.dtype, hopper: bool = False) -> Config:
     """The configuration for T rows: what fits the registers, and reads memory as fast as it comes."""
     T, size = num_rows, dtype.itemsize
     if size == 8 or T > (6 if size == 2 else 13):
-        return choose_blocks(T, dtype)
+        blocks = choose_blocks(T, dtype, hopper)
+        return blocks._replace(chain=2) if hopper and size == 2 and 32 < T <= 64 else blocks
     lanes = 128 if T <= 2 else 64 if T <= 4 else 32  # few rows: more loads of each under way
     if size == 2:
         stages, registers = (1, 168) if T <= 3 else (2, None)
@@ -447,12 +470,14 @@ def choose_config(num_rows: int, dtype: torch.dtype) -> Config:
     return Config("outer", T, lanes * width(dtype), num_warps=1, num_stages=stages, registers=registers)
 
 
-def choose_blocks(num_rows: int, dtype: torch.dtype) -> Config:
+def choose_blocks(num_rows: int, dtype: torch.dtype, hopper: bool = False) -> Config:
     """That by blocks of pairs, for any number of rows."""
     T, size = num_rows, dtype.itemsize
     if size == 8:
         return Config("double", 4 if T <= 32 else 8, 128, num_warps=4)
     if size == 2 and T > 32:
+        if hopper:
+            return Config("dot", 64, 64, num_warps=4, num_stages=5, unit=32)
         return Config("dot", 64, 32, num_warps=4, num_stages=4, chain=2, unit=32)
     rows = 16 if T <= 16 else 32  # and 128 bytes of each at a time
     return Config("dot", rows, 8 * width(dtype), num_warps=rows // 16, num_stages=3, chain=1 if T > 32 else 2)
@@ -474,7 +499,7 @@ def measure(grads: torch.Tensor, plan: Plan, config: Config | None = None) -> tu
     T, dtype = grads.shape[0], grads.dtype
     if T > MOST_ROWS:
         raise ValueError(f"grads: expected at most {MOST_ROWS} rows on a GPU, got {T}")
-    config = config or choose_config(T, dtype)
+    config = config or choose_config(T, dtype, device.is_hopper(grads.device))
     K, pieces, row_stride = len(plan.bounds), len(plan.pieces), grads.stride(0)
     sums = grads.new_empty(pieces, T, T, dtype=torch.float64)
     G = grads.new_empty(K, T, T, dtype=torch.float64)
