@@ -127,13 +127,14 @@ GPU_GRID = (
     *(Case(T, 100_000_000, 12, dtype, "cuda") for dtype in (torch.float32, torch.bfloat16) for T in (2, 4, 8, 16)),
     Case(64, 20_000_000, 12, torch.bfloat16, "cuda"),
     Case(8, 100_000_000, 100, torch.float32, "cuda"),
-    Case(8, 1_000_000, 100, torch.float32, "cuda"),
+    *(Case(T, 1_000_000, 100, dtype, "cuda") for dtype in (torch.float32, torch.bfloat16) for T in (4, 8)),
+    Case(8, 3_000_000, 100, torch.bfloat16, "cuda"),
     Case(32, 10_000_000, 12, torch.float32, "cuda"),
 )
 """With ``--device cuda``."""
 
 GPU_GROUPS = tuple(Case(8, 200_000_000, K, torch.bfloat16, "cuda") for K in (50, 200, 625))
-"""Groups of 4M, 1M and 320k columns: whether they stay on the chip from one pass to the other."""
+"""Groups of 4M, 1M and 320k columns, which would fit on the chip."""
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # All that takes a GPU, in one call: build, parity tests, compute-sanitizer, benchmarks. Logs and JSON go to OUT.
 #
-#   benchmarks/gpu.sh OUT [STAGE...]   only these of: tests benchmarks memcheck racecheck synccheck initcheck traffic.
+#   benchmarks/gpu.sh OUT [STAGE...]   only these of: tests benchmarks memcheck racecheck synccheck initcheck.
 #                                      PYTHON=... chooses the Python (python3), which needs torch, triton, pytest and
 #                                      pytest-benchmark; nothing is downloaded.
 set -u
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [STAGE...]}" && cd "$1" && pwd)
 shift
-wanted=" ${*:-tests benchmarks memcheck racecheck synccheck initcheck traffic} "
+wanted=" ${*:-tests benchmarks memcheck racecheck synccheck initcheck} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -32,24 +32,13 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
   echo "no GPU that torch of $python can use"
   exit 1
 fi
-# Some seven minutes together. What is interrupted still writes what it has.
+# Some six minutes together. What is interrupted still writes what it has.
 stage gpu 20 nvidia-smi
 stage build 120 "$python" setup.py build_ext --inplace
 stage environment 30 "$python" -m gradvac_kernels.env
 cat "$out/environment.log"
-if is_wanted tests; then
-  workers=() # most of the tests' time is compiling
-  "$python" -c "import xdist" 2>/dev/null && workers=(-n 14)
-  stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
-  grep -E "^error of the Gram|passed|failed" "$out/tests.log"
-fi
-if is_wanted benchmarks; then
-  stage benchmarks 300 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
-    -p no:cacheprovider
-  grep -A 200 "time of each implementation" "$out/benchmarks.log"
-fi
-# A subset, all tools at once: they are some hundred times slower. Every tensor its own allocation, so that they see
-# their ends.
+# What is not timed, all at once. The tools take a subset: they are some hundred times slower. Every tensor its own
+# allocation, so that they see their ends.
 checks=()
 for tool in memcheck racecheck synccheck initcheck; do
   is_wanted $tool || continue
@@ -60,10 +49,16 @@ for tool in memcheck racecheck synccheck initcheck; do
   checks+=($tool)
   subset=(-m small)
   [ $tool = memcheck ] || subset+=(-k cuda)
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal INT --kill-after 10 75 compute-sanitizer --tool $tool \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal INT --kill-after 10 120 compute-sanitizer --tool $tool \
     --error-exitcode 9 --report-api-errors no "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider \
     "${subset[@]}" >"$out/$tool.log" 2>&1 &
 done
+if is_wanted tests; then
+  workers=() # most of the tests' time is compiling
+  "$python" -c "import xdist" 2>/dev/null && workers=(-n 12)
+  stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
+  grep -E "^error of the Gram|passed|failed" "$out/tests.log"
+fi
 wait
 for tool in "${checks[@]}"; do
   echo "$tool: $(grep -E "passed|failed|interrupted" "$out/$tool.log" | tail -n 1)"
@@ -71,16 +66,10 @@ for tool in "${checks[@]}"; do
   grep -qE "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards" "$out/$tool.log" &&
     grep -qE "^[0-9]+ passed" "$out/$tool.log" || failed+=("$tool") # a run that tests nothing finds nothing
 done
-# What one pass reads and writes of memory, where the profiler may count.
-if is_wanted traffic; then
-  if command -v ncu >/dev/null; then
-    timeout 60 ncu --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
-      --kernel-name regex:vaccinate_in_one_pass "$python" -m benchmarks.traffic >"$out/traffic.log" 2>&1 ||
-      echo "traffic: not measured, see traffic.log (the counters may be forbidden)"
-    grep -E "vaccinate_in_one_pass|dram__|duration|gradients" "$out/traffic.log"
-  else
-    echo "traffic: not run, ncu is not on the PATH"
-  fi
+if is_wanted benchmarks; then
+  stage benchmarks 300 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \
+    -p no:cacheprovider
+  grep -A 200 "time of each implementation" "$out/benchmarks.log"
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

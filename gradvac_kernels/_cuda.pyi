@@ -20,7 +20,6 @@ def vaccinate(
     scratch: tuple[int, ...],
     G: int,
     out: tuple[Any, ...],
-    one_pass: bool,
+    one_launch: bool,
     stream: int,
 ) -> None: ...
-def has_one_pass(grads: tuple[Any, ...], out: tuple[Any, ...]) -> bool: ...

@@ -26,8 +26,8 @@ if triton.why_unavailable() is None and triton.device.INTERPRETED:
     from gradvac_kernels.backends.triton import cross_gram_kernels, gram_kernels
 
     def _widen(choose):
-        def wide(num_rows, dtype):
-            config = choose(num_rows, dtype)
+        def wide(num_rows, dtype, hopper):
+            config = choose(num_rows, dtype, hopper)
             if config.kernel == "dot":
                 rows = min(max(16, 1 << (num_rows - 1).bit_length()), 64)
                 return config._replace(rows=rows, columns=128, chain=1, unit=16)
@@ -58,24 +58,24 @@ BACKENDS = [name for name in available_backends() if name not in ("cpu", "cuda")
 if "cpu" in available_backends():
     BACKENDS += [f"cpu:{variant}" for variant in cpu.instruction_sets()]
 if _on_the_host("cuda"):
-    BACKENDS += ["cuda:two passes", "cuda:one pass"]
+    BACKENDS += ["cuda:two launches", "cuda:one launch"]
 
 
 def pytest_collection_modifyitems(items):
     """The two paths of the CUDA kernels differ in vaccinate only: without it, one is enough."""
-    items[:] = [x for x in items if not (x.get_closest_marker("no_vaccinate") and "cuda:one pass" in x.name)]
+    items[:] = [x for x in items if not (x.get_closest_marker("no_vaccinate") and "cuda:one launch" in x.name)]
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Name of a backend; "cpu:avx2" forces that variant for the test, "cuda:one pass" that path."""
+    """Name of a backend; "cpu:avx2" forces that variant for the test, "cuda:one launch" that path."""
     name, _, variant = request.param.partition(":")
     if not variant:
         yield name
         return
     if name == "cuda":
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cuda, "_CHOOSES_ONE_PASS", variant == "one pass")
+            patch.setattr(cuda, "_cache", lambda _: 1 << 62 if variant == "one launch" else -1)
             yield name
         return
     before = cpu.instruction_set()

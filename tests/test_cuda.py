@@ -13,7 +13,6 @@ pytestmark = pytest.mark.skipif(host is None, reason="the CUDA sources are not c
 GROUPS = gvk.ParameterGroups.from_sizes(
     {"a": 3, "b": 5000, "c": 0, "d": 9001, "e": 4096, "f": 20000, "g": 0, "h": 4100}, align=8
 )
-CACHE = 1 << 20  # what the host's device has, unless a test says otherwise
 
 
 @pytest.fixture
@@ -22,17 +21,16 @@ def device():
     yield host
     host.fuzz(0)
     host.set_residents(3)
-    host.set_multiprocessors(1, CACHE)
 
 
-def vaccinate(grads, groups, *, one_pass, out_dtype=None, **arguments):
+def vaccinate(grads, groups, *, one_launch, out_dtype=None, **arguments):
     """All that a step gives, with NaN as 9."""
     T = len(grads)
     ema = torch.full((len(groups), T, T), 0.3, dtype=torch.float64)
     out = torch.zeros(groups.numel, dtype=out_dtype or grads.dtype)
     rule = {"beta": 0.1, "target": None, "task_ids": None, "vaccinated": None, "order": None, "seed": 7, "step": 3}
     rule |= {"first_group": groups.first, **arguments}
-    found = cuda.vaccinate(grads, groups.bounds, ema, out=out, one_pass=one_pass, **rule)
+    found = cuda.vaccinate(grads, groups.bounds, ema, out=out, one_launch=one_launch, **rule)
     return [result.nan_to_num(9.0) for result in (out, *found, ema)]
 
 
@@ -43,36 +41,29 @@ def test_the_tables_are_cut_as_the_kernels_count():
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("T", [1, 2, 3, 4, 5, 8])
-def test_one_pass_and_two_give_the_same_bits(device, T, dtype, out_dtype):
+def test_one_launch_and_two_give_the_same_bits(device, T, dtype, out_dtype):
     """The pieces, and the order of all additions, are the same; so is what is rounded."""
     grads = task_gradients(T, GROUPS, dtype=dtype)
-    expected = vaccinate(grads, GROUPS, one_pass=False, out_dtype=out_dtype)
-    for residents, cache in ((1, CACHE), (3, CACHE), (3, 0), (5, 100 << 10)):
+    expected = vaccinate(grads, GROUPS, one_launch=False, out_dtype=out_dtype)
+    for residents in (1, 3, 100):
         device.set_residents(residents)
-        device.set_multiprocessors(1, cache)
-        found = vaccinate(grads, GROUPS, one_pass=True, out_dtype=out_dtype)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected)), (residents, cache)
+        found = vaccinate(grads, GROUPS, one_launch=True, out_dtype=out_dtype)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected)), residents
 
 
 @pytest.mark.parametrize(
-    ("T", "dtype", "residents", "cache"),
-    [
-        (2, torch.float32, 2, CACHE),
-        (5, torch.bfloat16, 3, CACHE),
-        (8, torch.float32, 4, 0),  # nobody measures another group than the next one to be combined
-        (3, torch.bfloat16, 7, 60 << 10),
-    ],
+    ("T", "dtype", "residents"),
+    [(2, torch.float32, 2), (5, torch.bfloat16, 3), (8, torch.float32, 4), (3, torch.bfloat16, 7)],
 )
-def test_one_pass_in_any_schedule(device, T, dtype, residents, cache):
+def test_one_launch_in_any_schedule(device, T, dtype, residents):
     """300 schedules each: blocks of random speeds, which change wherever they could see each other."""
     grads = task_gradients(T, GROUPS, dtype=dtype)
-    expected = vaccinate(grads, GROUPS, one_pass=False)
+    expected = vaccinate(grads, GROUPS, one_launch=False)
     device.set_residents(residents)
-    device.set_multiprocessors(1, cache)
     before = device.switches()
     for seed in range(1, 301):
         device.fuzz(seed)
-        found = vaccinate(grads, GROUPS, one_pass=True)
+        found = vaccinate(grads, GROUPS, one_launch=True)
         assert all(torch.equal(a, b) for a, b in zip(found, expected)), seed
     assert device.switches() - before > 300 * 20
 
@@ -82,10 +73,10 @@ def test_two_passes_in_any_schedule(device, T, dtype):
     """Who finishes a group, and who adds up its weights, is whoever comes last."""
     groups = GROUPS[:5]
     grads = task_gradients(T, groups, dtype=dtype)
-    expected = vaccinate(grads, groups, one_pass=False)
+    expected = vaccinate(grads, groups, one_launch=False)
     for seed in range(1, 26):
         device.fuzz(seed)
-        found = vaccinate(grads, groups, one_pass=False)
+        found = vaccinate(grads, groups, one_launch=False)
         assert all(torch.equal(a, b) for a, b in zip(found, expected)), seed
 
 
@@ -115,43 +106,42 @@ def test_a_piece_of_several_runs_is_added_up_in_float64(monkeypatch, T, dtype):
 
 def test_a_launch_that_fails_is_an_error_and_harms_no_later_one(device):
     grads = task_gradients(4, GROUPS)
-    expected = vaccinate(grads, GROUPS, one_pass=True)
+    expected = vaccinate(grads, GROUPS, one_launch=True)
     device.set_residents(0)
     with pytest.raises(RuntimeError, match="CUDA"):
-        vaccinate(grads, GROUPS, one_pass=True)
+        vaccinate(grads, GROUPS, one_launch=True)
     device.set_residents(3)
-    assert all(torch.equal(a, b) for a, b in zip(vaccinate(grads, GROUPS, one_pass=True), expected))
+    assert all(torch.equal(a, b) for a, b in zip(vaccinate(grads, GROUPS, one_launch=True), expected))
 
 
-def test_where_one_pass_cannot_be_taken(device):
-    """Many rows, float64, or rows on no alignment: two passes then, whatever was asked for."""
-    for T, dtype, skew in ((9, torch.float32, 0), (4, torch.float64, 0), (4, torch.float32, 3)):
-        grads = task_gradients(T, GROUPS, dtype=dtype, skew=skew)
-        assert not device.has_one_pass(cuda._buffer(grads), cuda._result(torch.zeros(GROUPS.numel)))
-        found, expected = (vaccinate(grads, GROUPS, one_pass=one_pass) for one_pass in (True, False))
+def test_where_there_is_no_one_launch():
+    """Many rows, or float64: the others then, whatever was asked for."""
+    for T, dtype in ((9, torch.float32), (4, torch.float64)):
+        grads = task_gradients(T, GROUPS, dtype=dtype)
+        found, expected = (vaccinate(grads, GROUPS, one_launch=one_launch) for one_launch in (True, False))
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
-def test_the_path_that_is_chosen_where_none_is_asked_for(monkeypatch):
+def test_one_launch_is_chosen_where_all_gradients_fit_the_cache(monkeypatch):
     taken = []
 
     class Spy:
-        has_one_pass, RUN, TILE = host.has_one_pass, host.RUN, host.TILE
+        RUN, TILE = host.RUN, host.TILE
 
         def vaccinate(self, *arguments):
             taken.append(arguments[-2])
 
     monkeypatch.setattr(cuda, "_cuda", Spy())
     grads = task_gradients(4, GROUPS)
-    for one_pass in (False, True):
-        monkeypatch.setattr(cuda, "_CHOOSES_ONE_PASS", one_pass)
-        vaccinate(grads, GROUPS, one_pass=None)
-        vaccinate(grads, GROUPS, one_pass=not one_pass)
-    assert taken == [False, True, True, False]
+    for size in (grads.nbytes - 1, grads.nbytes):
+        monkeypatch.setattr(cuda, "_cache", lambda _, size=size: size)
+        vaccinate(grads, GROUPS, one_launch=None)
+    vaccinate(grads, GROUPS, one_launch=False)
+    assert taken == [False, True, False]
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
-def test_nothing_is_touched_outside_for_any_ids_and_order(one_pass):
+@pytest.mark.parametrize("one_launch", [False, True])
+def test_nothing_is_touched_outside_for_any_ids_and_order(one_launch):
     """What lives on a device is not checked by value: the kernels stay in their memory on any content."""
     groups, T, N, big = LAYOUTS["ragged"], 4, 5, 1 << 40
     grads = task_gradients(T, groups)[:, : groups.numel].contiguous()
@@ -163,9 +153,8 @@ def test_nothing_is_touched_outside_for_any_ids_and_order(one_pass):
     for ids, order in (([0, -1, big, 3], None), ([0, 1, 2, 3], [[7, -1, big], [1, 1, 1], [0, 1, 3], [2, 1, 0]])):
         given = None if order is None else torch.tensor([order] * len(groups))
         out = torch.zeros(groups.numel)
-        cuda.vaccinate(
-            grads, groups.bounds, memory[1], out=out, one_pass=one_pass, task_ids=torch.tensor(ids), order=given, **rule
-        )
+        rule |= {"one_launch": one_launch, "task_ids": torch.tensor(ids), "order": given}
+        cuda.vaccinate(grads, groups.bounds, memory[1], out=out, **rule)
         assert bool((memory[0] == 0.25).all() and (memory[2] == 0.25).all())
     assert bool((memory[1] != 0.25).any())
 

@@ -19,15 +19,15 @@ GPU = "cuda"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.fixture(params=["triton", "cuda:two passes", "cuda:one pass"])
+@pytest.fixture(params=["triton", "cuda:two launches", "cuda:one launch"])
 def backend(request, monkeypatch):
-    """Name of a backend; "cuda:one pass" forces that path where it can be taken."""
+    """Name of a backend; "cuda:one launch" forces that path where it can be taken."""
     name, _, path = request.param.partition(":")
     missing = {"triton": triton, "cuda": cuda}[name].why_unavailable()
     if missing is not None:
         pytest.skip(f"{name}: {missing}")
     if path:
-        monkeypatch.setattr(cuda, "_CHOOSES_ONE_PASS", path == "one pass")
+        monkeypatch.setattr(cuda, "_cache", lambda _: 1 << 62 if path == "one launch" else -1)
     return name
 
 
@@ -190,16 +190,15 @@ def test_the_same_bits_on_every_run(backend, T, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("T", [1, 2, 3, 5, 8])
-def test_one_pass_and_two_give_the_same_bits(T, dtype):
+def test_one_launch_and_two_give_the_same_bits(T, dtype):
     if cuda.why_unavailable() is not None:
         pytest.skip(cuda.why_unavailable())
     groups = gvk.ParameterGroups.from_sizes({str(i): 40_000 * i + 9 for i in range(30)}, align=8)
     grads, results = random_gradients(T, groups, dtype), []
-    assert cuda._cuda.has_one_pass(cuda._buffer(grads), cuda._result(grads[0]))
     rule = {"beta": 0.1, "target": None, "task_ids": None, "vaccinated": None, "order": None, "seed": 0, "step": 0}
-    for one_pass in (False, True, True):
+    for one_launch in (False, True, True):
         ema, out = targets(groups, T), torch.zeros(groups.numel, dtype=dtype, device=GPU)
-        found = cuda.vaccinate(grads, groups.bounds, ema, out=out, one_pass=one_pass, first_group=0, **rule)
+        found = cuda.vaccinate(grads, groups.bounds, ema, out=out, one_launch=one_launch, first_group=0, **rule)
         results.append([result.nan_to_num(9) for result in (out, ema, *found)])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -236,8 +235,8 @@ def test_more_than_2_31_elements(backend):
     groups = gvk.ParameterGroups.from_sizes(sizes, align=8)
     grads = torch.empty(3, groups.numel, dtype=torch.bfloat16, device=GPU)
     assert grads.numel() > 1 << 31
-    for row in grads:
-        row.normal_(generator=torch.Generator(GPU).manual_seed(int(row.data_ptr() % 97)))
+    for i, row in enumerate(grads):
+        row.normal_(generator=torch.Generator(GPU).manual_seed(i))
     weights = torch.rand(3, 3, dtype=torch.float64, device=GPU)
     G, out = gvk.gram(grads, groups, backend=backend), gvk.combine(grads, weights, groups, backend=backend)
     for k in range(3):
@@ -246,7 +245,8 @@ def test_more_than_2_31_elements(backend):
         tail = alone[:, -5000:].double()
         expected = (weights[k] @ tail).to(torch.bfloat16).double()
         found = out[groups.offsets[k] : groups.offsets[k + 1]][-5000:].double()
-        assert bool(((found - expected).abs() <= 2**-8 * expected.abs() + 1e-9).all())
+        # torch rounds to bfloat16 by way of float32: once in a while to the other neighbour, 2^-7 of the number away
+        assert bool(((found - expected).abs() <= 2**-7 * expected.abs()).all())
 
 
 # --------------------------------------------------------------------------------------- graphs, streams, no waiting

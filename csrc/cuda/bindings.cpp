@@ -102,16 +102,13 @@ PYBIND11_MODULE(GRADVAC_MODULE, m) {
         cuda::combine(buffer(grads), pointer<const double>(weights), plan(groups), result(out), pointer<void>(stream)));
   });
   m.def("vaccinate", [](const py::tuple& grads, const py::tuple& groups, const py::tuple& rule, const py::tuple& memory,
-                        const py::int_& G, const py::tuple& out, bool one_pass, const py::int_& stream) {
+                        const py::int_& G, const py::tuple& out, bool one_launch, const py::int_& stream) {
     check(cuda::vaccinate(buffer(grads), plan(groups), vaccine(rule), scratch(memory), pointer<double>(G), result(out),
-                          one_pass ? cuda::Path::one_pass : cuda::Path::two_passes, pointer<void>(stream)));
+                          one_launch, pointer<void>(stream)));
   });
-  m.def("has_one_pass",
-        [](const py::tuple& grads, const py::tuple& out) { return cuda::has_one_pass(buffer(grads), result(out)); });
 #ifdef GRADVAC_CUDA_HOST
   m.def("fuzz", &host::fuzz);
   m.def("set_residents", &host::set_residents);
-  m.def("set_multiprocessors", &host::set_multiprocessors);
   m.def("switches", &host::switches);
 #endif
 }

@@ -102,10 +102,10 @@ GRADVAC_HD constexpr int blocks_that_combine(int at_once) {
 }
 
 // Columns begin .. stop - 1 of the result, number by number.
-template <class E, class Who, class Weight>
-__device__ inline void combine_numbers(Who who, const Rows& rows, std::int64_t begin, std::int64_t stop,
-                                       Weight weight_of, const Result& out) {
-  for (std::int64_t column = begin + who.thread(); column < stop; column += who.threads()) {
+template <class E, class Weight>
+__device__ inline void combine_numbers(const Rows& rows, std::int64_t begin, std::int64_t stop, Weight weight_of,
+                                       const Result& out) {
+  for (std::int64_t column = begin + thread_of_block(); column < stop; column += threads_of_block()) {
     double value = 0;
 #pragma unroll 4
     for (std::int64_t j = 0; j < rows.T; ++j) {
@@ -130,11 +130,10 @@ GRADVAC_HD constexpr bool asks_ahead(int at_once) {
 template <class E, int kAtOnce, class Weight>
 __device__ inline void combine_tile(const Rows& rows, const Tile& tile, Weight weight_of, const Result& out) {
   constexpr int kSteps = steps_of<E>(kAtOnce);
-  const WholeBlock who;
   const std::int64_t begin = tile.begin, stop = tile.end;
   const bool aligned = rows.aligned && out.aligned && begin % 8 == 0;
   const std::int64_t end = aligned ? stop - (stop - begin) % E::kWidth : begin;  // of the vectors
-  const std::int64_t step = static_cast<std::int64_t>(who.threads()) * E::kWidth;
+  const std::int64_t step = static_cast<std::int64_t>(threads_of_block()) * E::kWidth;
   using Vectors = Vector[kSteps][kAtOnce];
   using Values = double[kSteps][E::kWidth];
   const auto load = [&](Vectors& vectors, std::int64_t start, std::int64_t first) {
@@ -161,7 +160,7 @@ __device__ inline void combine_tile(const Rows& rows, const Tile& tile, Weight w
       }
     }
   };
-  std::int64_t start = begin + static_cast<std::int64_t>(who.thread()) * E::kWidth;
+  std::int64_t start = begin + static_cast<std::int64_t>(thread_of_block()) * E::kWidth;
   Vectors next;
   if constexpr (asks_ahead<E>(kAtOnce)) load(next, start, 0);
   for (; start < end; start += kSteps * step) {
@@ -187,7 +186,7 @@ __device__ inline void combine_tile(const Rows& rows, const Tile& tile, Weight w
       if (start + s * step < end) store(out, start + s * step, values[s]);
     }
   }
-  combine_numbers<E>(who, rows, end, stop, weight_of, out);
+  combine_numbers<E>(rows, end, stop, weight_of, out);
 }
 
 }  // namespace gradvac::cuda

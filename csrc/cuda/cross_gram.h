@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(M::kThreads, M::kBlocks) measure_cross(CrossTa
 
 template <class E>
 __global__ void __launch_bounds__(kExactThreads) measure_cross_in_double(CrossTask task) {
-  measure_exactly<E, kManyPairs, 2>(WholeBlock(), task.pairs, load_piece(task.plan, blockIdx.x),
+  measure_exactly<E, kManyPairs, 2>(task.pairs, load_piece(task.plan, blockIdx.x),
                                     task.sums + blockIdx.x * task.pairs.count());
 }
 

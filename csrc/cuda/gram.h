@@ -1,8 +1,8 @@
 // Gram: the sums of one piece of a group, and what makes them a Gram matrix. Everything here is called by all threads
-// of a team. The order of all additions depends on the type, the number of rows and the group's own columns only.
+// of a block. The order of all additions depends on the type, the number of rows and the group's own columns only.
 #pragma once
 
-#include "team.h"
+#include "rows.h"
 
 namespace gradvac::cuda {
 
@@ -72,12 +72,12 @@ struct Triangle {
 constexpr int kManyPairs = 4;
 
 // `part` of `parts` of the pairs, with the loads of kAhead columns a lane under way together.
-template <class E, int kBlock = kManyPairs, int kAhead = 1, class Who, class Pairs>
-__device__ inline void measure_exactly(Who who, const Pairs& pairs, const Piece& piece, double* sums,
-                                       std::int64_t part = 0, std::int64_t parts = 1) {
+template <class E, int kBlock = kManyPairs, int kAhead = 1, class Pairs>
+__device__ inline void measure_exactly(const Pairs& pairs, const Piece& piece, double* sums, std::int64_t part = 0,
+                                       std::int64_t parts = 1) {
   const Rows &rows = pairs.side(0), &others = pairs.side(1);
-  const int warps = who.warps();
-  for (std::int64_t which = part * warps + who.warp(); which < pairs.blocks(kBlock); which += parts * warps) {
+  const int warps = threads_of_block() / kLanes;
+  for (std::int64_t which = part * warps + warp_of_block(); which < pairs.blocks(kBlock); which += parts * warps) {
     std::int64_t block, other;
     pairs.block_at(which, kBlock, &block, &other);
     double products[kBlock * kBlock] = {};
@@ -108,11 +108,11 @@ __device__ inline void measure_exactly(Who who, const Pairs& pairs, const Piece&
 
 // Calls `write(pair, sum)` for the pairs `begin` .. `end` - 1 of a group: the sums of its pieces, in their order;
 // shares [threads] doubles of shared memory.
-template <class Who, class Pairs, class Write>
-__device__ inline void add_up(Who who, const Pairs& pairs, const double* sums, std::int64_t first, std::int64_t last,
+template <class Pairs, class Write>
+__device__ inline void add_up(const Pairs& pairs, const double* sums, std::int64_t first, std::int64_t last,
                               std::int64_t begin, std::int64_t end, double* shares, Write write) {
   constexpr int kAtOnce = 16;  // loads under way together: all that this takes is their latency
-  const int thread = who.thread(), threads = who.threads();
+  const int thread = thread_of_block(), threads = threads_of_block();
   const std::int64_t count = pairs.count();
   const int together = end - begin < threads ? static_cast<int>(end - begin) : threads, slices = threads / together;
   for (std::int64_t start = begin; start < end; start += together) {
@@ -133,12 +133,12 @@ __device__ inline void add_up(Who who, const Pairs& pairs, const double* sums, s
       for (; left > 0; --left, from += stride) sum += *from;
     }
     shares[thread] = sum;
-    who.sync();
+    __syncthreads();
     if (slice == 0 && pair < end) {
       for (int other = 1; other < slices; ++other) sum += shares[other * together + thread];
       write(pair, sum);
     }
-    who.sync();
+    __syncthreads();
   }
 }
 

@@ -1,27 +1,23 @@
 // The kernels: what a block of each does.
 #pragma once
 
-#include "one_pass.h"
+#include "one_launch.h"
 
 namespace gradvac::cuda {
 
 // ---- few rows: a block a piece, and the last one of each group finishes it
 
-template <class P>
-struct FewRowsMemory {
-  Bench<P> bench;
-  double tiles[P::kWarps * P::kPlaces];
-};
-
 template <class E, class P>
 __global__ void __launch_bounds__(P::kThreads, P::template blocks<E>()) measure_few_rows(Task task) {
-  auto* memory = reinterpret_cast<FewRowsMemory<P>*>(shared_memory());
-  take_piece<E>(task, blockIdx.x, memory->bench, memory->tiles);
+  take_piece<E, P::template stretch<E>()>(task, blockIdx.x, *reinterpret_cast<FewRowsMemory<P>*>(shared_memory()));
 }
 
+template <class P>
+constexpr int kTurnBlocks = 768 / P::kThreads;  // of a multiprocessor: those that wait take little of it
+
 template <class E, class P>
-__global__ void __launch_bounds__(OnePass<E, P>::kThreads, 1) vaccinate_in_one_pass(Task task, Result out, int window) {
-  OnePass<E, P>{task, out, window, *reinterpret_cast<OnePassMemory<P>*>(shared_memory())}.run();
+__global__ void __launch_bounds__(P::kThreads, kTurnBlocks<P>) vaccinate_in_one_launch(Task task, Result out) {
+  take_turn<E>(task, out, *reinterpret_cast<TurnMemory<P>*>(shared_memory()));
 }
 
 // ---- many rows: a block a piece and block of pairs; then the sums, then a warp a row
@@ -46,7 +42,7 @@ __device__ inline void measure_part(const Pairs& pairs, const Plan& plan, double
   const Piece piece = load_piece(plan, index);
   sums += index * pairs.count();
   if (piece.is_short()) {
-    measure_exactly<E>(WholeBlock(), pairs, piece, sums, part, parts);
+    measure_exactly<E>(pairs, piece, sums, part, parts);
   } else if (part < matrices_of<M>(pairs)) {
     std::int64_t block = 0, other = 0;
     if (M::square) pairs.block_at(part, M::kRows, &block, &other);
@@ -64,8 +60,7 @@ constexpr int kExactThreads = 256;
 template <class E>
 __global__ void __launch_bounds__(kExactThreads) measure_in_double(Task task) {
   const Piece piece = load_piece(task.plan, blockIdx.x);
-  measure_exactly<E, kManyPairs, 2>(WholeBlock(), Triangle{task.rows}, piece,
-                                    task.scratch.sums + blockIdx.x * pairs_of(task.rows.T));
+  measure_exactly<E, kManyPairs, 2>(Triangle{task.rows}, piece, task.scratch.sums + blockIdx.x * pairs_of(task.rows.T));
 }
 
 constexpr int kAddThreads = 256, kAddPairs = 32;
@@ -78,9 +73,8 @@ __device__ inline void add_up_chunk(const Pairs& pairs, const Plan& plan, const 
   const std::int64_t count = pairs.count(), group = blockIdx.x / chunks_of(count);
   const std::int64_t begin = blockIdx.x % chunks_of(count) * kAddPairs, end = begin + kAddPairs;
   double* matrix = G + group * pairs.side(0).T * pairs.side(1).T;
-  add_up(WholeBlock(), pairs, sums, load_constant(plan.first_piece + group),
-         load_constant(plan.first_piece + group + 1), begin, end < count ? end : count,
-         reinterpret_cast<double*>(shared_memory()),
+  add_up(pairs, sums, load_constant(plan.first_piece + group), load_constant(plan.first_piece + group + 1), begin,
+         end < count ? end : count, reinterpret_cast<double*>(shared_memory()),
          [&](std::int64_t pair, double sum) { pairs.write(matrix, pair, sum); });
 }
 

@@ -49,8 +49,8 @@ Error measure_few(const Buffer& grads, const Task& task, Stream stream) {
     } else {
       return with_packed(grads.T, [&](auto packed) -> Error {
         using P = decltype(packed);
-        return launch(measure_few_rows<E, P>,
-                      {task.plan.num_pieces, P::kThreads, sizeof(FewRowsMemory<P>), false, stream}, task);
+        return launch(measure_few_rows<E, P>, {task.plan.num_pieces, P::kThreads, sizeof(FewRowsMemory<P>), stream},
+                      task);
       });
     }
   });
@@ -60,14 +60,14 @@ template <class E, class M>
 Error measure_blocks(const Task& task, Stream stream) {
   const std::int64_t count = task.plan.num_pieces * blocks_of_piece<M>(Triangle{task.rows});
   if (count > kMostBlocks) return kTooMany;
-  return launch(measure_many_rows<E, M>, {count, M::kThreads, M::kShared, false, stream}, task);
+  return launch(measure_many_rows<E, M>, {count, M::kThreads, M::kShared, stream}, task);
 }
 
 Error measure_many(const Buffer& grads, const Task& task, Stream stream) {
   GRADVAC_TRY(with_element(grads.dtype, [&](auto element) -> Error {
     using E = decltype(element);
     if constexpr (E::kWidth == 2) {
-      return launch(measure_in_double<E>, {task.plan.num_pieces, kExactThreads, 0, false, stream}, task);
+      return launch(measure_in_double<E>, {task.plan.num_pieces, kExactThreads, 0, stream}, task);
     } else {
       if (grads.T <= 16) return measure_blocks<E, Matrix<2, false>>(task, stream);
       if (grads.T <= 32) return measure_blocks<E, Matrix<4, false>>(task, stream);
@@ -76,19 +76,15 @@ Error measure_many(const Buffer& grads, const Task& task, Stream stream) {
   }));
   const std::int64_t count = task.plan.K * chunks_of(pairs_of(grads.T));
   if (count > kMostBlocks) return kTooMany;
-  return launch(add_up_groups, {count, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
+  return launch(add_up_groups, {count, kAddThreads, sizeof(double) * kAddThreads, stream}, task);
 }
 
 template <class E, class M>
 Error measure_cross_blocks(const CrossTask& task, Stream stream) {
   const std::int64_t count = task.plan.num_pieces * blocks_of_piece<M>(task.pairs);
   if (count > kMostBlocks) return kTooMany;
-  return launch(measure_cross<E, M>, {count, M::kThreads, M::kShared, false, stream}, task);
+  return launch(measure_cross<E, M>, {count, M::kThreads, M::kShared, stream}, task);
 }
-
-// Of the second-level cache: columns that wait there to be combined share it with those that are being measured, and
-// each half of it holds what the multiprocessors beside it have read.
-constexpr int kWindowShare = 2;
 
 // Whether a launch has anything to do.
 bool is_empty(const Buffer& grads, const Plan& plan) { return plan.K == 0 || grads.T == 0; }
@@ -120,13 +116,13 @@ Error cross_gram(const Buffer& a, const Buffer& b, const Plan& plan, double* sum
   GRADVAC_TRY(with_element(a.dtype, [&](auto element) -> Error {
     using E = decltype(element);
     if constexpr (E::kWidth == 2) {
-      return launch(measure_cross_in_double<E>, {plan.num_pieces, kExactThreads, 0, false, stream}, task);
+      return launch(measure_cross_in_double<E>, {plan.num_pieces, kExactThreads, 0, stream}, task);
     } else {
       if (std::max(a.T, b.T) <= 16) return measure_cross_blocks<E, Matrix<2, true>>(task, stream);
       return measure_cross_blocks<E, Matrix<4, true>>(task, stream);
     }
   }));
-  return launch(add_up_cross, {count, kAddThreads, sizeof(double) * kAddThreads, false, stream}, task);
+  return launch(add_up_cross, {count, kAddThreads, sizeof(double) * kAddThreads, stream}, task);
 }
 
 Error coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, const Scratch& scratch,
@@ -134,7 +130,7 @@ Error coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccin
   if (K == 0 || T == 0) return 0;
   if (K * T > kMostBlocks) return kTooMany;
   GRADVAC_TRY(begin_counting(scratch, K, stream));
-  return launch(solve_rows, {K * T, kLanes, static_cast<std::size_t>(RowBench::bytes(T)), false, stream}, G, T, vaccine,
+  return launch(solve_rows, {K * T, kLanes, static_cast<std::size_t>(RowBench::bytes(T)), stream}, G, T, vaccine,
                 scratch);
 }
 
@@ -143,35 +139,29 @@ Error combine(const Buffer& grads, const double* weights, const Plan& plan, cons
   if (plan.num_tiles > kMostBlocks) return kTooMany;
   return with_element(grads.dtype, [&](auto element) -> Error {
     using E = decltype(element);
-    const Launch how{plan.num_tiles, kCombineThreads, 0, false, stream};
+    const Launch how{plan.num_tiles, kCombineThreads, 0, stream};
     if (grads.T <= 2) return launch(combine_rows<E, 2>, how, rows_of(grads), plan, weights, out);
     if (grads.T <= 4) return launch(combine_rows<E, 4>, how, rows_of(grads), plan, weights, out);
     return launch(combine_rows<E, 8>, how, rows_of(grads), plan, weights, out);
   });
 }
 
-bool has_one_pass(const Buffer& grads, const Result& out) {
-  return has_few_rows(grads) && grads.aligned && out.aligned;
-}
-
 Error vaccinate(const Buffer& grads, const Plan& plan, const Vaccine& vaccine, const Scratch& scratch, double* G,
-                const Result& out, Path path, Stream stream) {
+                const Result& out, bool one_launch, Stream stream) {
   if (is_empty(grads, plan)) return 0;
-  const Task task{rows_of(grads), plan, scratch, G, vaccine, true, has_few_rows(grads) && path == Path::one_pass};
+  const Task task{rows_of(grads), plan, scratch, G, vaccine, true, one_launch};
   if (!has_few_rows(grads)) {
     GRADVAC_TRY(measure_many(grads, task, stream));
     GRADVAC_TRY(coefficients(G, plan.K, grads.T, vaccine, scratch, stream));
     return combine(grads, vaccine.weights, plan, out, stream);
   }
-  if (path == Path::two_passes) {
+  if (!one_launch) {
     GRADVAC_TRY(begin_counting(scratch, plan.K, stream));
     GRADVAC_TRY(measure_few(grads, task, stream));
     return combine(grads, vaccine.weights, plan, out, stream);
   }
-  Machine machine;
-  GRADVAC_TRY(examine(&machine));
-  const std::int64_t shown = plan.K * grads.T;  // and the counters behind them
-  GRADVAC_TRY(set_all_bits(scratch.shown, shown * sizeof(double) + plan.K * sizeof(std::int32_t), stream));
+  const std::int64_t shown = plan.K * grads.T;  // and the counters behind them, one more for the turns
+  GRADVAC_TRY(set_all_bits(scratch.shown, shown * sizeof(double) + (plan.K + 1) * sizeof(std::int32_t), stream));
   return with_element(grads.dtype, [&](auto element) -> Error {
     using E = decltype(element);
     if constexpr (E::kWidth == 2) {
@@ -179,16 +169,9 @@ Error vaccinate(const Buffer& grads, const Plan& plan, const Vaccine& vaccine, c
     } else {
       return with_packed(grads.T, [&](auto packed) -> Error {
         using P = decltype(packed);
-        int resident = 0;
-        GRADVAC_TRY(
-            occupancy(&resident, vaccinate_in_one_pass<E, P>, OnePass<E, P>::kThreads, sizeof(OnePassMemory<P>)));
-        const std::int64_t blocks = std::min<std::int64_t>(plan.num_pieces, resident * machine.multiprocessors);
-        if (blocks == 0) return kTooMany;
-        const std::int64_t row_bytes = blocks * static_cast<std::int64_t>(sizeof(typename E::Stored));
-        const std::int64_t window = machine.cache / kWindowShare / (row_bytes * grads.T);
-        return launch(vaccinate_in_one_pass<E, P>,
-                      {blocks, OnePass<E, P>::kThreads, sizeof(OnePassMemory<P>), true, stream}, task, out,
-                      static_cast<int>(window));
+        const std::int64_t turns = plan.num_pieces + plan.num_tiles;
+        if (turns > kMostBlocks) return kTooMany;
+        return launch(vaccinate_in_one_launch<E, P>, {turns, P::kThreads, sizeof(TurnMemory<P>), stream}, task, out);
       });
     }
   });

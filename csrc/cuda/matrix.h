@@ -17,10 +17,6 @@ struct Fragment;
 template <class E>
 struct Fragment16 {
   std::uint32_t words[2];
-  static constexpr int kHalves = 1;  // of the tile that `square` makes: rows 0 to 7 only
-
-  // The products of 8 rows with themselves.
-  __device__ static void square(float (&sums)[4], const E& x) { add(sums, x, E{}, x); }
 
   __device__ static void add(float (&sums)[4], const E& upper, const E& lower, const E& right) {
     const std::uint32_t a[4] = {upper.words[0], lower.words[0], upper.words[1], lower.words[1]};
@@ -42,15 +38,6 @@ struct Fragment<Float16> : Fragment16<Fragment<Float16>> {
 template <>
 struct Fragment<Float32> {
   std::uint32_t high[2], middle[2], low[2];
-  static constexpr int kHalves = 2;
-
-  // The products of 8 rows with themselves are rows 0 to 7 of what is found, and rows 8 to 15, also transposed.
-  __device__ static void square(float (&sums)[4], const Fragment& x) {
-    const std::uint32_t middle_and_high[4] = {x.middle[0], x.high[0], x.middle[1], x.high[1]};
-    const std::uint32_t high_and_low[4] = {x.high[0], x.low[0], x.high[1], x.low[1]};
-    multiply_bfloat16(sums, middle_and_high, x.middle);  // the small ones first
-    multiply_bfloat16(sums, high_and_low, x.high);
-  }
 
   // Of 16 rows with 8 of the same: what all tiles find and the same transposed are twice the products.
   __device__ static void add_twice(float (&sums)[4], const Fragment& upper, const Fragment& lower,
@@ -119,7 +106,7 @@ struct Packed {
   // Vectors that a warp adds up of a row before another one goes on; their loads may all be under way together.
   template <class E>
   GRADVAC_HD static constexpr int stretch() {
-    return rows == 8 && E::kWidth == 8 ? 16 : 8;
+    return E::kWidth == 8 ? 16 : 8;
   }
   // Blocks of a multiprocessor.
   template <class E>
@@ -128,42 +115,79 @@ struct Packed {
   }
 };
 
-// What warp `warp` of P::kWarps adds up of a piece, into its share of tiles [P::kWarps, P::kPlaces]. Loads of kAtOnce
-// vectors are under way together.
+// Vectors of a row whose products are added up in float32.
+template <class E>
+constexpr int kChain = 32 / E::kWidth;
+
+// Adds the products of 8 rows with themselves, of a vector of each. One of 16-bit numbers is the left factor as it
+// comes, with one half of its columns for rows 0 to 7 and the other half for rows 8 to 15: of each half, what it finds
+// with itself is wanted.
+template <class E>
+__device__ inline void add_squares(float (&products)[2], const Vector& v) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const std::uint32_t right[2] = {v.words[half], v.words[2 + half]};
+    float found[4] = {0, 0, 0, 0};
+    Fragment<E>::multiply(found, v.words, right);
+    for (int e = 0; e < 2; ++e) products[e] += found[2 * half + e];
+  }
+}
+// Of three parts, rows 0 to 7 of what is found, and rows 8 to 15, also transposed.
+template <class E>
+__device__ inline void add_squares(float (&products)[4], const Vector& v) {
+  Fragment<E> x[1];
+  split<E>(v, x);
+  const std::uint32_t middle_and_high[4] = {x->middle[0], x->high[0], x->middle[1], x->high[1]};
+  const std::uint32_t high_and_low[4] = {x->high[0], x->low[0], x->high[1], x->low[1]};
+  float found[4] = {0, 0, 0, 0};
+  multiply_bfloat16(found, middle_and_high, x->middle);  // the small ones first
+  multiply_bfloat16(found, high_and_low, x->high);
+  for (int e = 0; e < 4; ++e) products[e] += found[e];
+}
+
+// Sums of a tile as a lane has them: of rows 0 to 7, and from the third one on those of rows 8 to 15.
+template <class E>
+using LaneSums = double[E::kWidth == 8 ? 2 : 4];
+
+// Adds the products of kChain vectors, vector_at(u), kTogether of them at a time.
+template <class E, int kTogether = kChain<E>, class VectorAt>
+__device__ inline void add_chain(LaneSums<E>& totals, VectorAt vector_at) {
+  constexpr int kSums = E::kWidth == 8 ? 2 : 4;
+  float products[kSums] = {};
+#pragma unroll kTogether
+  for (int u = 0; u < kChain<E>; ++u) add_squares<E>(products, vector_at(u));
+#pragma unroll
+  for (int e = 0; e < kSums; ++e) totals[e] += static_cast<double>(products[e]);
+}
+
+// What a warp has added up, as a tile [P::kPlaces].
+template <class E>
+__device__ inline void write_tile(const LaneSums<E>& totals, double* tile) {
+  const int lane = lane_of_warp();
+  double sums[2] = {totals[0], totals[1]};
+  if constexpr (E::kWidth == 4) {
+    for (int e = 0; e < 2; ++e) tile[2 * lane + e] = totals[2 + e];
+    __syncwarp();
+    for (int e = 0; e < 2; ++e) sums[e] += totals[2 + e] + tile[(2 * lane + e) % 8 * 8 + lane / 4];
+    __syncwarp();
+  }
+  for (int e = 0; e < 2; ++e) tile[2 * lane + e] = sums[e];  // where the unit leaves them
+}
+
+// What the warps of a block add up of a piece, into tiles [P::kWarps, P::kPlaces]. Loads of kAtOnce vectors are under
+// way together.
 template <class E, class P, int kAtOnce>
-__device__ inline void measure_packed(const Rows& rows, const Piece& piece, int warp, double* tiles) {
-  constexpr int kParts = E::kWidth / 4, kStep = 4 * P::kGroups * E::kWidth;
-  constexpr int kStretch = P::template stretch<E>() * kStep, kChain = 8 / kParts;
-  const int lane = lane_of_warp(), row = lane / 4 / P::kGroups;
+__device__ inline void measure_packed(const Rows& rows, const Piece& piece, double* tiles) {
+  constexpr int kStep = 4 * P::kGroups * E::kWidth, kStretch = P::template stretch<E>() * kStep;
+  const int lane = lane_of_warp(), warp = warp_of_block(), row = lane / 4 / P::kGroups;
   const int column = (lane / 4 % P::kGroups * 4 + lane % 4) * E::kWidth;
   const int length = static_cast<int>(piece.end - piece.begin);
   const bool aligned = rows.aligned && piece.begin % E::kWidth == 0, is_there = row < rows.T;
   const typename E::Stored* numbers = rows.row<E>(is_there ? row : 0) + piece.begin + column;
-  constexpr int kSums = 2 * Fragment<E>::kHalves;
-  double totals[kSums] = {};
+  LaneSums<E> totals = {};
   for (int start = warp * kStretch; start < length; start += P::kWarps * kStretch) {
-    float products[kSums];
     const auto load = [&](int u, bool whole) {
       return is_there ? load_vector<E>(numbers, start + u * kStep, length - column, whole) : Vector{{0, 0, 0, 0}};
-    };
-    const auto multiply = [&](const Vector& vector) {
-      Fragment<E> fragments[kParts];
-      split<E>(vector, fragments);
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-        float found[4] = {0, 0, 0, 0};
-        Fragment<E>::square(found, fragments[part]);
-#pragma unroll
-        for (int e = 0; e < kSums; ++e) products[e] += found[e];
-      }
-    };
-    const auto begin_chain = [&] {
-#pragma unroll
-      for (int e = 0; e < kSums; ++e) products[e] = 0;
-    };
-    const auto add_chain = [&] {
-#pragma unroll
-      for (int e = 0; e < kSums; ++e) totals[e] += static_cast<double>(products[e]);
     };
     const bool whole = aligned && start + kStretch <= length;
 #pragma unroll 1
@@ -173,42 +197,34 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, int 
 #pragma unroll
         for (int u = 0; u < kAtOnce; ++u) vectors[u] = load(first + u, true);
 #pragma unroll
-        for (int chain = 0; chain < kAtOnce; chain += kChain) {
-          begin_chain();
-#pragma unroll
-          for (int u = chain; u < chain + kChain; ++u) multiply(vectors[u]);
-          add_chain();
+        for (int chain = 0; chain < kAtOnce; chain += kChain<E>) {
+          add_chain<E>(totals, [&](int u) { return vectors[chain + u]; });
         }
       } else {  // narrow loads, and no more than the registers hold
 #pragma unroll 1
-        for (int chain = 0; chain < kAtOnce; chain += kChain) {
-          begin_chain();
-#pragma unroll 1
-          for (int u = chain; u < chain + kChain; ++u) multiply(load(first + u, false));
-          add_chain();
+        for (int chain = first; chain < first + kAtOnce; chain += kChain<E>) {
+          add_chain<E, 1>(totals, [&](int u) { return load(chain + u, false); });
         }
       }
     }
   }
-  double* tile = tiles + warp * P::kPlaces;
-  if constexpr (Fragment<E>::kHalves == 2) {
-    for (int e = 0; e < 2; ++e) tile[2 * lane + e] = totals[2 + e];
-    __syncwarp();
-    for (int e = 0; e < 2; ++e) totals[e] += totals[2 + e] + tile[(2 * lane + e) % 8 * 8 + lane / 4];
-    __syncwarp();
-  }
-  for (int e = 0; e < 2; ++e) tile[2 * lane + e] = totals[e];  // where the unit leaves them
+  write_tile<E>(totals, tiles + warp * P::kPlaces);
 }
 
-// Pair `pair` of the rows, from the tiles of all warps: tiles [P::kWarps, P::kPlaces].
+// Where a pair of the rows is in a tile, in the first of its groups.
 template <class P>
-__device__ inline double sum_of_tiles(const double* tiles, std::int64_t pair) {
-  std::int64_t i, j;
-  entry_of(pair, &i, &j);
+__device__ inline int place_of_pair(int pair) {
+  int row = 0;
+  while (pair > row) pair -= ++row;
+  return row * P::kGroups * 8 + pair * P::kGroups;
+}
+
+// The pair there, from the tiles of all warps: tiles [P::kWarps, P::kPlaces].
+template <class P>
+__device__ inline double sum_of_tiles(const double* tiles, int place) {
   double sum = 0;
   for (int group = 0; group < P::kGroups; ++group) {
-    const std::int64_t place = (i * P::kGroups + group) * 8 + j * P::kGroups + group;
-    for (int warp = 0; warp < P::kWarps; ++warp) sum += tiles[warp * P::kPlaces + place];
+    for (int warp = 0; warp < P::kWarps; ++warp) sum += tiles[warp * P::kPlaces + place + group * 9];
   }
   return sum;
 }

@@ -51,16 +51,11 @@ __device__ inline bool arrive_last(std::int32_t* counter, std::int64_t all) {
   asm volatile("fence.acq_rel.gpu;" ::: "memory");
   return true;
 }
-// The same in two: one arrives, and another one waits until all have.
-__device__ inline void arrive(std::int32_t* counter) {
-  asm volatile("red.add.release.gpu.global.s32 [%0], 1;" ::"l"(counter) : "memory");
-}
-__device__ inline bool have_arrived(const std::int32_t* counter, std::int64_t all) {
-  std::int32_t arrived;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(arrived) : "l"(counter) : "memory");
-  if (arrived + 1 != all) return false;
-  asm volatile("fence.acq_rel.gpu;" ::: "memory");
-  return true;
+// 0 for the first one that draws, 1 for the second, and so on.
+__device__ inline std::int32_t draw(std::int32_t* counter) {
+  std::int32_t before;
+  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before + 1;
 }
 // A number that others wait for, and nothing but it: they need not see what else was written before.
 __device__ inline void show_number(double* place, double x) {
@@ -77,25 +72,6 @@ __device__ inline bool is_shown(const double* place, double* x) {
 constexpr int kMostPolls = 1 << 27;  // ten seconds or more; waiting for good would hang the machine
 __device__ inline void wait_a_little() { __nanosleep(64); }
 __device__ inline void give_up() { __trap(); }
-
-// ---- between warps of a block, by numbers in its shared memory: likewise
-
-__device__ inline void sync_team(int team, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(team), "r"(threads) : "memory");
-}
-__device__ inline std::int32_t count_in_block(std::int32_t* counter) {  // what it was before
-  std::int32_t before;
-  asm volatile("atom.release.cta.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
-__device__ inline void show_in_block(std::int32_t* number, std::int32_t value) {
-  asm volatile("st.release.cta.s32 [%0], %1;" ::"l"(number), "r"(value) : "memory");
-}
-__device__ inline std::int32_t seen_in_block(const std::int32_t* number) {
-  std::int32_t value;
-  asm volatile("ld.acquire.cta.s32 %0, [%1];" : "=r"(value) : "l"(number) : "memory");
-  return value;
-}
 
 // ---- arithmetic
 
@@ -150,8 +126,7 @@ __device__ inline void multiply_float16(float (&sums)[4], const std::uint32_t (&
 struct Launch {
   std::int64_t blocks;
   int threads;
-  std::size_t shared;     // bytes
-  bool together = false;  // all blocks are resident at once, or none is launched
+  std::size_t shared;  // bytes
   void* stream;
 };
 
@@ -169,28 +144,16 @@ template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), const Launch& how, const A&... arguments) {
   const cudaError_t error = allow_shared(kernel, how.shared);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = how.together;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(how.blocks));
   config.blockDim = dim3(static_cast<unsigned>(how.threads));
   config.dynamicSmemBytes = how.shared;
   config.stream = static_cast<cudaStream_t>(how.stream);
-  config.attrs = &attribute;
-  config.numAttrs = how.together ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
 constexpr int kTooMany = cudaErrorInvalidConfiguration;
 inline const char* describe_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
-
-// How many blocks of a kernel a multiprocessor holds at once.
-template <class... P>
-cudaError_t occupancy(int* blocks, void (*kernel)(P...), int threads, std::size_t shared) {
-  const cudaError_t error = allow_shared(kernel, shared);
-  return error != cudaSuccess ? error : cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, kernel, threads, shared);
-}
 
 // Whether a kernel was compiled for the current device, and a driver is there to run it.
 template <class... P>
@@ -200,21 +163,6 @@ cudaError_t probe(void (*kernel)(P...)) {
 }
 
 inline cudaError_t set_device(int device) { return cudaSetDevice(device); }
-
-struct Machine {
-  int multiprocessors = 0;
-  int cache = 0;  // bytes of the second-level cache
-};
-inline cudaError_t examine(Machine* machine) {
-  int device = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  const auto get = [&](int* value, cudaDeviceAttr attribute) {
-    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, device);
-  };
-  get(&machine->multiprocessors, cudaDevAttrMultiProcessorCount);
-  get(&machine->cache, cudaDevAttrL2CacheSize);
-  return error;
-}
 
 }  // namespace gradvac::cuda
 

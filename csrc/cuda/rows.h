@@ -8,7 +8,9 @@ namespace gradvac::cuda {
 
 constexpr int kLanes = 32;
 __device__ inline int lane_of_warp() { return static_cast<int>(threadIdx.x) % kLanes; }
-__device__ inline int warp_of_block() { return static_cast<int>(threadIdx.x) / kLanes; }
+__device__ inline int thread_of_block() { return static_cast<int>(threadIdx.x); }
+__device__ inline int warp_of_block() { return thread_of_block() / kLanes; }
+__device__ inline int threads_of_block() { return static_cast<int>(blockDim.x); }
 
 struct alignas(16) Vector {
   std::uint32_t words[4];

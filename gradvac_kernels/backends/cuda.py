@@ -29,7 +29,7 @@ _DEVICE = "cuda"  # of the tensors it serves
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # gradvac::Dtype
 _CAPABILITY = (8, 0)
 _LARGE = 1 << 22  # columns
-_CHOOSES_ONE_PASS = False  # where it can be taken: earlier versions took 1.7 to 3.8 times as long as two, on an H200
+_HOST_CACHE = 1 << 20  # bytes, where a host plays the device
 MOST_ROWS = 2304
 """A row's numbers fill a block's shared memory, 99 KiB on the smaller GPUs."""
 
@@ -103,22 +103,19 @@ def vaccinate(
     ema: torch.Tensor | None,
     *,
     out: torch.Tensor,
-    one_pass: bool | None = None,
+    one_launch: bool | None = None,
     **rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gram, coefficients, combine. ``one_pass``: whether groups are combined while they are on the chip, by one launch
-    that stays, where it can be taken; None decides."""
+    """Gram, coefficients, combine. ``one_launch``: whether they are one, of up to 8 rows; None: where all gradients fit
+    the second-level cache."""
     with _current(grads.device):
         plan = _plan(grads, bounds)
-        buffer, result = _buffer(grads), _result(out)
-        if not _cuda.has_one_pass(buffer, result):
-            one_pass = False
-        elif one_pass is None:
-            one_pass = _CHOOSES_ONE_PASS
+        if one_launch is None:
+            one_launch = grads.numel() * grads.itemsize <= _cache(grads.device)
         G, scratch = plan.new_matrices(), _Scratch(plan)
         native = _Vaccine(G, ema, precision(grads.dtype), **rule)
-        arguments = plan.arguments, native.arguments, scratch.arguments, G.data_ptr(), result, one_pass
-        _cuda.vaccinate(buffer, *arguments, _stream(grads.device))
+        arguments = plan.arguments, native.arguments, scratch.arguments, G.data_ptr(), _result(out), one_launch
+        _cuda.vaccinate(_buffer(grads), *arguments, _stream(grads.device))
     return *native.results, G
 
 
@@ -193,7 +190,7 @@ class _Scratch:
         K, T, new = plan.K, plan.T, plan.pieces.new_empty
         self._sums = new(len(plan.pieces), T * (T + 1) // 2, dtype=torch.float64)
         self._rows = new(K, T, T, dtype=torch.float64)
-        self._shown = new(K * T * 8 + K * 4, dtype=torch.uint8)  # [K, T] float64, and [K] counters
+        self._shown = new(K * T * 8 + K * 4 + 4, dtype=torch.uint8)  # [K, T] float64, and [K + 1] counters
         shown = self._shown.data_ptr()
         self.arguments = self._sums.data_ptr(), self._rows.data_ptr(), shown, shown + K * T * 8
 
@@ -242,6 +239,12 @@ class _Vaccine:
             similarity.data_ptr(),
             corrected.data_ptr(),
         )
+
+
+@functools.cache
+def _cache(device: torch.device) -> int:
+    """Bytes of the second-level cache."""
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _HOST_CACHE
 
 
 def _buffer(grads: torch.Tensor) -> tuple[int, int, int, int, bool]:

@@ -20,7 +20,7 @@ Index thread_index, block_index, block_size, grid_size;
 namespace {
 
 constexpr std::size_t kStack = 256 << 10;  // reserved; only what is touched is there
-constexpr int kFailed = 719;
+constexpr int kFailed = 719, kNoneFits = 720;
 
 struct Block;
 
@@ -48,7 +48,6 @@ struct Block {
   int live = 0;
   Meeting all;
   std::vector<Meeting> warps;
-  Meeting teams[16];
   std::vector<char> shared;
   std::vector<Fiber*> fibers;
   double speed = 1;
@@ -66,7 +65,7 @@ std::mt19937_64 random_numbers;
 bool fuzzed = false;
 bool wants_another_block = false;
 std::int64_t switched = 0, shown = 0;
-int resident_blocks = 3, multiprocessors = 1, cache_bytes = 1 << 20;
+int resident_blocks = 3;
 
 // To the scheduler, until it chooses this fiber again.
 __attribute__((noinline)) void leave() {
@@ -175,12 +174,7 @@ void fuzz(std::uint64_t seed) {
   random_numbers.seed(seed);
 }
 void set_residents(int blocks) { resident_blocks = blocks; }
-void set_multiprocessors(int count, int cache) {
-  multiprocessors = count;
-  cache_bytes = cache;
-}
 std::int64_t switches() { return switched; }
-int residents() { return resident_blocks; }
 
 char* shared_memory() {
   const auto address = reinterpret_cast<std::uintptr_t>(current->block->shared.data());
@@ -188,11 +182,6 @@ char* shared_memory() {
 }
 void wait_for_block() { meet(current->block->all); }
 void wait_for_warp() { meet(warp()); }
-void wait_for_team(int team, int threads) {
-  Meeting& meeting = current->block->teams[team];
-  meeting.members = threads;
-  meet(meeting);
-}
 void exchange_all(const std::uint32_t* words, int count, std::uint32_t (*all)[8]) {
   Meeting& meeting = warp();
   const int turn = meeting.turn;
@@ -225,10 +214,9 @@ void fail(const char* reason) {
   __builtin_unreachable();
 }
 
-int run(Body body_, void* call_, std::int64_t blocks, int threads, std::size_t shared, bool together) {
+int run(Body body_, void* call_, std::int64_t blocks, int threads, std::size_t shared) {
   if (blocks < 1 || blocks > 0x7FFFFFFF || threads < 1 || threads > 1024) return 9;
-  const std::int64_t most = static_cast<std::int64_t>(resident_blocks) * multiprocessors;
-  if (together && blocks > most) return 720;
+  if (resident_blocks < 1) return kNoneFits;
   body = body_;
   call = call_;
   failure.clear();
@@ -240,7 +228,7 @@ int run(Body body_, void* call_, std::int64_t blocks, int threads, std::size_t s
   while (failure.empty()) {
     on_device.erase(std::remove_if(on_device.begin(), on_device.end(), [](const auto& b) { return b->live == 0; }),
                     on_device.end());
-    while (started < blocks && static_cast<std::int64_t>(on_device.size()) < most) {
+    while (started < blocks && static_cast<std::int64_t>(on_device.size()) < resident_blocks) {
       on_device.push_back(start(started++, threads, shared));
     }
     if (on_device.empty()) return 0;
@@ -276,17 +264,12 @@ int run(Body body_, void* call_, std::int64_t blocks, int threads, std::size_t s
 }
 
 const char* describe_error(int error) {
-  return error == kFailed ? failure.c_str() : error == 720 ? "more blocks than fit together" : "invalid configuration";
+  return error == kFailed ? failure.c_str() : error == kNoneFits ? "no block fits" : "invalid configuration";
 }
 
 }  // namespace gradvac::host
 
 namespace gradvac::cuda {
-
-int examine(Machine* machine) {
-  *machine = {host::multiprocessors, host::cache_bytes};
-  return 0;
-}
 
 float half_to_float(std::uint32_t bits) {
   const float magnitude = [&]() -> float {

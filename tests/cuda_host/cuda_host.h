@@ -30,27 +30,24 @@ extern Index thread_index, block_index, block_size, grid_size;
 
 // ---- for the tests
 
-void fuzz(std::uint64_t seed);                   // 0: in turns
-void set_residents(int blocks);                  // how many blocks are on the device at once
-void set_multiprocessors(int count, int cache);  // and the bytes of the cache that they share
-std::int64_t switches();                         // between blocks, since the start
+void fuzz(std::uint64_t seed);   // 0: in turns
+void set_residents(int blocks);  // how many blocks are on the device at once
+std::int64_t switches();         // between blocks, since the start
 
 // ---- for the kernels
 
 char* shared_memory();
 void wait_for_block();
 void wait_for_warp();
-void wait_for_team(int team, int threads);
 std::uint64_t exchange(std::uint64_t bits, int lane);  // what that lane of the warp has
 void exchange_all(const std::uint32_t* words, int count, std::uint32_t (*all)[8]);
 void let_others();  // another block may go on
 void show();        // what waits for others may look again
 void wait_to_be_shown();
 [[noreturn]] void fail(const char* reason);
-int residents();
 
 using Body = void (*)(void* call);
-int run(Body body, void* call, std::int64_t blocks, int threads, std::size_t shared, bool together);
+int run(Body body, void* call, std::int64_t blocks, int threads, std::size_t shared);
 const char* describe_error(int error);
 
 }  // namespace gradvac::host
@@ -121,15 +118,9 @@ inline bool arrive_last(std::int32_t* counter, std::int64_t all) {
   host::let_others();
   return is_last;
 }
-inline void arrive(std::int32_t* counter) {
+inline std::int32_t draw(std::int32_t* counter) {
   host::let_others();
-  ++*counter;
-  host::show();
-  host::let_others();
-}
-inline bool have_arrived(const std::int32_t* counter, std::int64_t all) {
-  host::let_others();
-  return *counter + 1 == all;
+  return ++*counter;
 }
 inline void show_number(double* place, double x) {
   host::let_others();
@@ -142,16 +133,6 @@ inline bool is_shown(const double* place, double* x) {
   *x = *place;
   return __double_as_longlong(*x) != -1;
 }
-inline void sync_team(int team, int threads) { host::wait_for_team(team, threads); }
-inline std::int32_t count_in_block(std::int32_t* counter) {
-  host::show();
-  return (*counter)++;
-}
-inline void show_in_block(std::int32_t* number, std::int32_t value) {
-  *number = value;
-  host::show();
-}
-inline std::int32_t seen_in_block(const std::int32_t* number) { return *number; }
 
 constexpr int kMostPolls = 1 << 20;
 inline void wait_a_little() { host::wait_to_be_shown(); }
@@ -178,36 +159,22 @@ struct Launch {
   std::int64_t blocks;
   int threads;
   std::size_t shared;
-  bool together = false;
   void* stream;
 };
 
 template <class... P, class... A>
 int launch(void (*kernel)(P...), const Launch& how, const A&... arguments) {
   auto call = [&] { kernel(static_cast<P>(arguments)...); };
-  return host::run([](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call, how.blocks, how.threads, how.shared,
-                   how.together);
+  return host::run([](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call, how.blocks, how.threads, how.shared);
 }
 
 constexpr int kTooMany = 9;
 using host::describe_error;
 
 template <class... P>
-int occupancy(int* blocks, void (*)(P...), int, std::size_t) {
-  *blocks = host::residents();
-  return 0;
-}
-
-template <class... P>
 int probe(void (*)(P...)) {
   return 0;
 }
 inline int set_device(int) { return 0; }
-
-struct Machine {
-  int multiprocessors = 0;
-  int cache = 0;
-};
-int examine(Machine* machine);
 
 }  // namespace gradvac::cuda

@@ -64,10 +64,8 @@ struct Scratch {
   double* sums;            // [num_pieces, T (T + 1) / 2]
   double* rows;            // [K, T, T]
   double* shown;           // [K, T], and behind it
-  std::int32_t* counters;  // [K]
+  std::int32_t* counters;  // [K + 1]
 };
-
-enum class Path { two_passes, one_pass };
 
 // Whether the kernels can run on the current device.
 Error probe_device();
@@ -80,11 +78,10 @@ Error cross_gram(const Buffer& a, const Buffer& b, const Plan& plan, double* sum
 Error coefficients(const double* G, std::int64_t K, std::int64_t T, const Vaccine& vaccine, const Scratch& scratch,
                    Stream stream);
 Error combine(const Buffer& grads, const double* weights, const Plan& plan, const Result& out, Stream stream);
+// In one launch, where there is one: for few rows of no more than 32 bits.
 Error vaccinate(const Buffer& grads, const Plan& plan, const Vaccine& vaccine, const Scratch& scratch, double* G,
-                const Result& out, Path path, Stream stream);
+                const Result& out, bool one_launch, Stream stream);
 
-// Whether one_pass can be taken: few rows, whole vectors.
-bool has_one_pass(const Buffer& grads, const Result& out);
 const char* describe(Error error);
 
 }  // namespace gradvac::cuda
