@@ -14,7 +14,7 @@ LAYOUTS = {
     # one-column and empty groups, sizes around a vector, a tile (512) and a segment (16384)
     "ragged": gvk.ParameterGroups.from_sizes({"a": 1, "b": 0, "c": 37, "d": 513, "e": 16, "f": 1200, "g": 511}),
     "aligned": gvk.ParameterGroups.from_sizes({"a": 5, "b": 100, "c": 0, "d": 31}, align=16),
-    # whole vectors: what one pass of the CUDA kernels asks for
+    # whole vectors
     "whole": gvk.ParameterGroups.from_sizes({"a": 3, "b": 9001, "c": 0, "d": 4096, "e": 20000, "f": 4100}, align=8),
     "wide": gvk.ParameterGroups.from_sizes({"b": 9001, "d": 4096, "e": 20000, "f": 4100}, align=8),
     "long": gvk.ParameterGroups.from_sizes({"a": 3, "b": 16384 + 600, "c": 20000}),
