@@ -1,8 +1,8 @@
 """CUDA C++ kernels for NVIDIA GPUs (``csrc/cuda``): nothing is read back, and nothing waits.
 
-With up to 8 tasks a step is two launches, or one where all gradients fit the second-level cache; with more it is four. A
-layout of groups copies its tables to the device when it is first used: before a CUDA graph is captured if the call was
-made once before.
+With up to 8 tasks a step is two launches, or one where all gradients fit the second-level cache; with more it is four.
+A layout of groups copies its tables to the device when it is first used: before a CUDA graph is captured if the call
+was made once before.
 """
 
 from __future__ import annotations
