@@ -103,6 +103,11 @@ struct Packed {
   static constexpr int kRows = rows, kGroups = 8 / rows;
   static constexpr int kThreads = rows == 8 ? 256 : 128, kWarps = kThreads / kLanes;
   static constexpr int kPlaces = 64;  // of a tile: its row times 8, and its column
+  // Columns from one of a lane's vectors to the next.
+  template <class E>
+  GRADVAC_HD static constexpr int step() {
+    return 4 * kGroups * E::kWidth;
+  }
   // Vectors that a warp adds up of a row before another one goes on; their loads may all be under way together.
   template <class E>
   GRADVAC_HD static constexpr int stretch() {
@@ -174,24 +179,23 @@ __device__ inline void write_tile(const LaneSums<E>& totals, double* tile) {
   for (int e = 0; e < 2; ++e) tile[2 * lane + e] = sums[e];  // where the unit leaves them
 }
 
-// What the warps of a block add up of a piece, into tiles [P::kWarps, P::kPlaces]. Loads of kAtOnce vectors are under
-// way together.
-template <class E, class P, int kAtOnce>
-__device__ inline void measure_packed(const Rows& rows, const Piece& piece, double* tiles) {
-  constexpr int kStep = 4 * P::kGroups * E::kWidth, kStretch = P::template stretch<E>() * kStep;
+// What the warps of a block add up of a piece, in turns of `stretch` vectors of a row each. Loads of kAtOnce of them
+// are under way together.
+template <class E, class P, int stretch, int kAtOnce>
+__device__ inline void add_stretches(LaneSums<E>& totals, const Rows& rows, const Piece& piece) {
+  constexpr int kStep = P::template step<E>(), kStretch = stretch * kStep;
   const int lane = lane_of_warp(), warp = warp_of_block(), row = lane / 4 / P::kGroups;
   const int column = (lane / 4 % P::kGroups * 4 + lane % 4) * E::kWidth;
   const int length = static_cast<int>(piece.end - piece.begin);
   const bool aligned = rows.aligned && piece.begin % E::kWidth == 0, is_there = row < rows.T;
   const typename E::Stored* numbers = rows.row<E>(is_there ? row : 0) + piece.begin + column;
-  LaneSums<E> totals = {};
   for (int start = warp * kStretch; start < length; start += P::kWarps * kStretch) {
     const auto load = [&](int u, bool whole) {
       return is_there ? load_vector<E>(numbers, start + u * kStep, length - column, whole) : Vector{{0, 0, 0, 0}};
     };
     const bool whole = aligned && start + kStretch <= length;
 #pragma unroll 1
-    for (int first = 0; first < P::template stretch<E>(); first += kAtOnce) {
+    for (int first = 0; first < stretch; first += kAtOnce) {
       if (whole) {
         Vector vectors[kAtOnce];
 #pragma unroll
@@ -208,7 +212,22 @@ __device__ inline void measure_packed(const Rows& rows, const Piece& piece, doub
       }
     }
   }
-  write_tile<E>(totals, tiles + warp * P::kPlaces);
+}
+
+// The same into tiles [P::kWarps, P::kPlaces]. Of a short piece every warp gets its part.
+template <class E, class P, int kAtOnce>
+__device__ inline void measure_packed(const Rows& rows, const Piece& piece, double* tiles) {
+  constexpr int kAll = P::kWarps * P::template step<E>();
+  const std::int64_t length = piece.end - piece.begin;
+  LaneSums<E> totals = {};
+  if (E::kWidth == 8 && length <= 4 * kAll) {
+    add_stretches<E, P, kChain<E>, kChain<E>>(totals, rows, piece);
+  } else if (E::kWidth == 8 && length <= 8 * kAll) {
+    add_stretches<E, P, 8, 8>(totals, rows, piece);
+  } else {
+    add_stretches<E, P, P::template stretch<E>(), kAtOnce>(totals, rows, piece);
+  }
+  write_tile<E>(totals, tiles + warp_of_block() * P::kPlaces);
 }
 
 // Where a pair of the rows is in a tile, in the first of its groups.
