@@ -5,9 +5,20 @@
 #                                      PYTHON=... chooses the Python (python3), which needs torch, triton, pytest and
 #                                      pytest-benchmark; nothing is downloaded.
 set -u
-out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh OUT [STAGE...]}" && cd "$1" && pwd)
+stages="tests benchmarks memcheck racecheck synccheck initcheck"
+if [ $# -eq 0 ]; then
+  echo "usage: benchmarks/gpu.sh OUT [STAGE...], of: $stages" >&2
+  exit 2
+fi
+out=$(mkdir -p "$1" && cd "$1" && pwd) || exit 2
 shift
-wanted=" ${*:-tests benchmarks memcheck racecheck synccheck initcheck} "
+for stage in "$@"; do
+  if [[ " $stages " != *" $stage "* ]]; then
+    echo "no stage $stage, only: $stages" >&2
+    exit 2
+  fi
+done
+wanted=" ${*:-$stages} "
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
@@ -39,11 +50,12 @@ stage environment 30 "$python" -m gradvac_kernels.env
 cat "$out/environment.log"
 # What is not timed, all at once. The tools take a subset: they are some hundred times slower. Every tensor its own
 # allocation, so that they see their ends.
-checks=()
+checks=() running=()
 for tool in memcheck racecheck synccheck initcheck; do
   is_wanted $tool || continue
   if ! command -v compute-sanitizer >/dev/null; then
     echo "$tool: not run, compute-sanitizer is not on the PATH"
+    failed+=("$tool")
     continue
   fi
   checks+=($tool)
@@ -52,6 +64,7 @@ for tool in memcheck racecheck synccheck initcheck; do
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal INT --kill-after 10 120 compute-sanitizer --tool $tool \
     --error-exitcode 9 --report-api-errors no "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider \
     "${subset[@]}" >"$out/$tool.log" 2>&1 &
+  running+=($!)
 done
 if is_wanted tests; then
   workers=() # most of the tests' time is compiling
@@ -59,12 +72,14 @@ if is_wanted tests; then
   stage tests 180 "$python" -m pytest tests/test_gpu.py -q -rP -p no:cacheprovider "${workers[@]}"
   grep -E "^error of the Gram|passed|failed" "$out/tests.log"
 fi
-wait
-for tool in "${checks[@]}"; do
-  echo "$tool: $(grep -E "passed|failed|interrupted" "$out/$tool.log" | tail -n 1)"
+for i in "${!checks[@]}"; do
+  tool=${checks[i]}
+  wait "${running[i]}" # what was interrupted, or a run that tests nothing, finds nothing
+  status=$?
+  echo "$tool: exit $status, $(grep -E "passed|failed|interrupted" "$out/$tool.log" | tail -n 1)"
   tail -n 1 "$out/$tool.log"
-  grep -qE "ERROR SUMMARY: 0 errors|RACECHECK SUMMARY: 0 hazards" "$out/$tool.log" &&
-    grep -qE "^[0-9]+ passed" "$out/$tool.log" || failed+=("$tool") # a run that tests nothing finds nothing
+  [ $status -eq 0 ] && grep -q "SUMMARY: 0 " "$out/$tool.log" && grep -qE "^[0-9]+ passed" "$out/$tool.log" ||
+    failed+=("$tool")
 done
 if is_wanted benchmarks; then
   stage benchmarks 300 "$python" -m pytest benchmarks/ --benchmark-only -q --device cuda --results "$out/gpu.json" \

@@ -4,6 +4,7 @@ Where there is no GPU, the Triton kernels run in Triton's interpreter and the CU
 memory. Where there is one, tests/test_gpu.py holds them to the oracle there.
 """
 
+import functools
 import os
 
 import pytest
@@ -26,6 +27,7 @@ if triton.why_unavailable() is None and triton.device.INTERPRETED:
     from gradvac_kernels.backends.triton import cross_gram_kernels, gram_kernels
 
     def _widen(choose):
+        @functools.wraps(choose)
         def wide(num_rows, dtype, hopper):
             config = choose(num_rows, dtype, hopper)
             if config.kernel == "dot":
@@ -76,6 +78,7 @@ def backend(request):
     if name == "cuda":
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cuda, "_cache", lambda _: 1 << 62 if variant == "one launch" else -1)
+            patch.setattr(cuda, "_MOST_FOR_TWO", 4 if variant == "one launch" else 8)
             yield name
         return
     before = cpu.instruction_set()

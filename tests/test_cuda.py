@@ -69,7 +69,7 @@ def test_one_launch_in_any_schedule(device, T, dtype, residents):
 
 
 @pytest.mark.parametrize(("T", "dtype"), [(6, torch.float32), (12, torch.bfloat16), (17, torch.float64)])
-def test_two_passes_in_any_schedule(device, T, dtype):
+def test_other_launches_in_any_schedule(device, T, dtype):
     """Who finishes a group, and who adds up its weights, is whoever comes last."""
     groups = GROUPS[:5]
     grads = task_gradients(T, groups, dtype=dtype)
@@ -122,22 +122,25 @@ def test_where_there_is_no_one_launch():
         assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
-def test_one_launch_is_chosen_where_all_gradients_fit_the_cache(monkeypatch):
-    taken = []
-
-    class Spy:
-        RUN, TILE = host.RUN, host.TILE
-
-        def vaccinate(self, *arguments):
-            taken.append(arguments[-2])
-
-    monkeypatch.setattr(cuda, "_cuda", Spy())
-    grads = task_gradients(4, GROUPS)
-    for size in (grads.nbytes - 1, grads.nbytes):
-        monkeypatch.setattr(cuda, "_cache", lambda _, size=size: size)
-        vaccinate(grads, GROUPS, one_launch=None)
-    vaccinate(grads, GROUPS, one_launch=False)
-    assert taken == [False, True, False]
+@pytest.mark.parametrize(
+    ("T", "fits", "asked", "launches"),
+    [
+        (4, True, None, 1),
+        (4, False, None, 2),
+        (5, False, None, 1),
+        (4, False, True, 1),
+        (4, True, False, 2),
+        (8, True, False, 2),
+        (9, True, True, 4),
+    ],
+)
+def test_how_many_launches(monkeypatch, T, fits, asked, launches):
+    """One is chosen where all gradients fit the cache, to the byte, and for more than 4 rows."""
+    grads = task_gradients(T, GROUPS)
+    monkeypatch.setattr(cuda, "_cache", lambda _: grads.nbytes - (not fits))
+    before = host.launches()
+    vaccinate(grads, GROUPS, one_launch=asked)
+    assert host.launches() - before == launches
 
 
 @pytest.mark.parametrize("one_launch", [False, True])

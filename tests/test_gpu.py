@@ -28,6 +28,7 @@ def backend(request, monkeypatch):
         pytest.skip(f"{name}: {missing}")
     if path:
         monkeypatch.setattr(cuda, "_cache", lambda _: 1 << 62 if path == "one launch" else -1)
+        monkeypatch.setattr(cuda, "_MOST_FOR_TWO", 4 if path == "one launch" else 8)
     return name
 
 
@@ -74,7 +75,7 @@ def test_parity_with_the_oracle(backend, T, dtype, layout):
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("T", [3, 16, 70])
+@pytest.mark.parametrize("T", [2, 3, 8, 16, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_parity_in_small(backend, T, dtype):
     """Every kernel, in few launches; the ends of the arrays are the ends of the memory."""

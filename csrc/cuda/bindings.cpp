@@ -110,5 +110,6 @@ PYBIND11_MODULE(GRADVAC_MODULE, m) {
   m.def("fuzz", &host::fuzz);
   m.def("set_residents", &host::set_residents);
   m.def("switches", &host::switches);
+  m.def("launches", &host::launches);
 #endif
 }

@@ -1,6 +1,6 @@
 """CUDA C++ kernels for NVIDIA GPUs (``csrc/cuda``): nothing is read back, and nothing waits.
 
-With up to 8 tasks a step is two launches, or one where all gradients fit the second-level cache; with more it is four.
+With up to 8 tasks a step is one launch or two, with more it is four.
 A layout of groups copies its tables to the device when it is first used: before a CUDA graph is captured if the call
 was made once before.
 """
@@ -30,6 +30,7 @@ _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 
 _CAPABILITY = (8, 0)
 _LARGE = 1 << 22  # columns
 _HOST_CACHE = 1 << 20  # bytes, where a host plays the device
+_MOST_FOR_TWO = 4  # rows: two launches are faster for them where they do not fit the cache (16 bits, on an H200)
 MOST_ROWS = 2304
 """A row's numbers fill a block's shared memory, 99 KiB on the smaller GPUs."""
 
@@ -107,11 +108,11 @@ def vaccinate(
     **rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gram, coefficients, combine. ``one_launch``: whether they are one, of up to 8 rows; None: where all gradients fit
-    the second-level cache."""
+    the second-level cache, and of more than 4 rows everywhere."""
     with _current(grads.device):
         plan = _plan(grads, bounds)
         if one_launch is None:
-            one_launch = grads.numel() * grads.itemsize <= _cache(grads.device)
+            one_launch = len(grads) > _MOST_FOR_TWO or grads.numel() * grads.itemsize <= _cache(grads.device)
         G, scratch = plan.new_matrices(), _Scratch(plan)
         native = _Vaccine(G, ema, precision(grads.dtype), **rule)
         arguments = plan.arguments, native.arguments, scratch.arguments, G.data_ptr(), _result(out), one_launch
@@ -190,7 +191,7 @@ class _Scratch:
         K, T, new = plan.K, plan.T, plan.pieces.new_empty
         self._sums = new(len(plan.pieces), T * (T + 1) // 2, dtype=torch.float64)
         self._rows = new(K, T, T, dtype=torch.float64)
-        self._shown = new(K * T * 8 + K * 4 + 4, dtype=torch.uint8)  # [K, T] float64, and [K + 1] counters
+        self._shown = new(K * T + (K + 2) // 2, dtype=torch.float64)  # [K, T], and behind it [K + 1] int32 counters
         shown = self._shown.data_ptr()
         self.arguments = self._sums.data_ptr(), self._rows.data_ptr(), shown, shown + K * T * 8
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <deque>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -64,7 +65,7 @@ std::string failure;
 std::mt19937_64 random_numbers;
 bool fuzzed = false;
 bool wants_another_block = false;
-std::int64_t switched = 0, shown = 0;
+std::int64_t switched = 0, launched = 0, shown = 0;
 int resident_blocks = 3;
 
 // To the scheduler, until it chooses this fiber again.
@@ -175,6 +176,7 @@ void fuzz(std::uint64_t seed) {
 }
 void set_residents(int blocks) { resident_blocks = blocks; }
 std::int64_t switches() { return switched; }
+std::int64_t launches() { return launched; }
 
 char* shared_memory() {
   const auto address = reinterpret_cast<std::uintptr_t>(current->block->shared.data());
@@ -223,13 +225,17 @@ int run(Body body_, void* call_, std::int64_t blocks, int threads, std::size_t s
   block_size.x = threads;
   grid_size.x = static_cast<unsigned>(blocks);
   std::vector<std::unique_ptr<Block>> on_device;
+  ++launched;
+  std::vector<std::int64_t> order(blocks);
+  std::iota(order.begin(), order.end(), 0);
+  if (fuzzed) std::shuffle(order.begin(), order.end(), random_numbers);
   std::int64_t started = 0;
   std::size_t last = 0;
   while (failure.empty()) {
     on_device.erase(std::remove_if(on_device.begin(), on_device.end(), [](const auto& b) { return b->live == 0; }),
                     on_device.end());
     while (started < blocks && static_cast<std::int64_t>(on_device.size()) < resident_blocks) {
-      on_device.push_back(start(started++, threads, shared));
+      on_device.push_back(start(order[started++], threads, shared));
     }
     if (on_device.empty()) return 0;
     for (const auto& block : on_device) {

@@ -3,8 +3,8 @@
 // It has the names of csrc/cuda/platform.h and of CUDA that the kernels use. Fibers change at barriers, shuffles and
 // what passes between blocks; one that waits for others looks again when something was shown, and if nobody is left who
 // could show anything, that is a deadlock. By default blocks run in turns; `fuzz(seed)` lets them run in a random
-// order, at random speeds. All run on one thread of the host, so every access is in order: a missing fence does not
-// show here, a missing barrier does, and so does a deadlock.
+// order, at random speeds, and begin in one. All run on one thread of the host, so every access is in order: a missing
+// fence does not show here, a missing barrier does, and so does a deadlock.
 #pragma once
 
 #include <math.h>
@@ -33,6 +33,7 @@ extern Index thread_index, block_index, block_size, grid_size;
 void fuzz(std::uint64_t seed);   // 0: in turns
 void set_residents(int blocks);  // how many blocks are on the device at once
 std::int64_t switches();         // between blocks, since the start
+std::int64_t launches();         // likewise
 
 // ---- for the kernels
 
