@@ -27,8 +27,7 @@ def backend(request, monkeypatch):
     if missing is not None:
         pytest.skip(f"{name}: {missing}")
     if path:
-        monkeypatch.setattr(cuda, "_cache", lambda _: 1 << 62 if path == "one launch" else -1)
-        monkeypatch.setattr(cuda, "_MOST_FOR_TWO", 4 if path == "one launch" else 8)
+        monkeypatch.setattr(cuda, "_takes_one_launch", lambda _: path == "one launch")
     return name
 
 

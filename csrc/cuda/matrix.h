@@ -94,6 +94,10 @@ __device__ inline void split<Float32>(const Vector& v, Fragment<Float32> (&fragm
   }
 }
 
+// Vectors of a row whose products are added up in float32, at most.
+template <class E>
+constexpr int kChain = 32 / E::kWidth;
+
 // ---- few rows: one tile of 8 rows
 
 // T <= kRows rows. Where they are less than 8, the tile holds kGroups stretches of columns of each; of the products,
@@ -119,10 +123,6 @@ struct Packed {
     return (stretch<E>() == 16 ? 512 : 768) / kThreads;
   }
 };
-
-// Vectors of a row whose products are added up in float32.
-template <class E>
-constexpr int kChain = 32 / E::kWidth;
 
 // Adds the products of 8 rows with themselves, of a vector of each. One of 16-bit numbers is the left factor as it
 // comes, with one half of its columns for rows 0 to 7 and the other half for rows 8 to 15: of each half, what it finds
@@ -152,17 +152,18 @@ __device__ inline void add_squares(float (&products)[4], const Vector& v) {
 
 // Sums of a tile as a lane has them: of rows 0 to 7, and from the third one on those of rows 8 to 15.
 template <class E>
-using LaneSums = double[E::kWidth == 8 ? 2 : 4];
+constexpr int kLaneSums = E::kWidth == 8 ? 2 : 4;
+template <class E>
+using LaneSums = double[kLaneSums<E>];
 
 // Adds the products of kChain vectors, vector_at(u), kTogether of them at a time.
 template <class E, int kTogether = kChain<E>, class VectorAt>
 __device__ inline void add_chain(LaneSums<E>& totals, VectorAt vector_at) {
-  constexpr int kSums = E::kWidth == 8 ? 2 : 4;
-  float products[kSums] = {};
+  float products[kLaneSums<E>] = {};
 #pragma unroll kTogether
   for (int u = 0; u < kChain<E>; ++u) add_squares<E>(products, vector_at(u));
 #pragma unroll
-  for (int e = 0; e < kSums; ++e) totals[e] += static_cast<double>(products[e]);
+  for (int e = 0; e < kLaneSums<E>; ++e) totals[e] += static_cast<double>(products[e]);
 }
 
 // What a warp has added up, as a tile [P::kPlaces].
@@ -170,7 +171,7 @@ template <class E>
 __device__ inline void write_tile(const LaneSums<E>& totals, double* tile) {
   const int lane = lane_of_warp();
   double sums[2] = {totals[0], totals[1]};
-  if constexpr (E::kWidth == 4) {
+  if constexpr (kLaneSums<E> == 4) {
     for (int e = 0; e < 2; ++e) tile[2 * lane + e] = totals[2 + e];
     __syncwarp();
     for (int e = 0; e < 2; ++e) sums[e] += totals[2 + e] + tile[(2 * lane + e) % 8 * 8 + lane / 4];
@@ -279,7 +280,7 @@ template <class E, class M, class Pairs>
 __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, std::int64_t block, std::int64_t other,
                                       char* bench, double* sums) {
   constexpr int kParts = E::kWidth / 4, kStep = 4 * E::kWidth, kStride = M::kWarps * M::kAtOnce * kStep;
-  constexpr int kChain = 8 / kParts < M::kAtOnce ? 8 / kParts : M::kAtOnce;  // steps that are added up in float32
+  constexpr int kSteps = kChain<E> < M::kAtOnce ? kChain<E> : M::kAtOnce;  // that are added up in float32
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_warp(), warp = warp_of_block();
   const bool aligned = pairs.side(0).aligned && pairs.side(1).aligned && piece.begin % E::kWidth == 0;
   const bool one_side = M::square && pairs.is_diagonal(block, other);
@@ -351,18 +352,18 @@ __device__ inline void measure_matrix(const Pairs& pairs, const Piece& piece, st
 #pragma unroll
       for (int u = 0; u < M::kAtOnce; ++u) load_step(u, u, true);
 #pragma unroll
-      for (int chain = 0; chain < M::kAtOnce; chain += kChain) {
+      for (int chain = 0; chain < M::kAtOnce; chain += kSteps) {
         begin_chain();
 #pragma unroll
-        for (int u = chain; u < chain + kChain; ++u) multiply_step(u);
+        for (int u = chain; u < chain + kSteps; ++u) multiply_step(u);
         add_chain();
       }
     } else {  // narrow loads, and no more than the registers hold
 #pragma unroll 1
-      for (int chain = 0; chain < M::kAtOnce; chain += kChain) {
+      for (int chain = 0; chain < M::kAtOnce; chain += kSteps) {
         begin_chain();
 #pragma unroll 1
-        for (int u = chain; u < chain + kChain; ++u) {
+        for (int u = chain; u < chain + kSteps; ++u) {
           load_step(u, 0, false);
           multiply_step(0);
         }

@@ -29,8 +29,6 @@ _DEVICE = "cuda"  # of the tensors it serves
 _DTYPE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # gradvac::Dtype
 _CAPABILITY = (8, 0)
 _LARGE = 1 << 22  # columns
-_HOST_CACHE = 1 << 20  # bytes, where a host plays the device
-_MOST_FOR_TWO = 4  # rows: two launches are faster for them where they do not fit the cache (16 bits, on an H200)
 MOST_ROWS = 2304
 """A row's numbers fill a block's shared memory, 99 KiB on the smaller GPUs."""
 
@@ -107,12 +105,11 @@ def vaccinate(
     one_launch: bool | None = None,
     **rule: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gram, coefficients, combine. ``one_launch``: whether they are one, of up to 8 rows; None: where all gradients fit
-    the second-level cache, and of more than 4 rows everywhere."""
+    """Gram, coefficients, combine. ``one_launch``: whether they are one, of up to 8 rows; None decides."""
     with _current(grads.device):
         plan = _plan(grads, bounds)
         if one_launch is None:
-            one_launch = len(grads) > _MOST_FOR_TWO or grads.numel() * grads.itemsize <= _cache(grads.device)
+            one_launch = _takes_one_launch(grads)
         G, scratch = plan.new_matrices(), _Scratch(plan)
         native = _Vaccine(G, ema, precision(grads.dtype), **rule)
         arguments = plan.arguments, native.arguments, scratch.arguments, G.data_ptr(), _result(out), one_launch
@@ -242,10 +239,16 @@ class _Vaccine:
         )
 
 
+def _takes_one_launch(grads: torch.Tensor) -> bool:
+    """Where all gradients fit the second-level cache, and for more than 4 rows: on an H200, only fewer, of 16 bits, are
+    faster in two launches where they do not fit."""
+    return len(grads) > 4 or grads.numel() * grads.itemsize <= _cache(grads.device)
+
+
 @functools.cache
 def _cache(device: torch.device) -> int:
     """Bytes of the second-level cache."""
-    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else _HOST_CACHE
+    return torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def _buffer(grads: torch.Tensor) -> tuple[int, int, int, int, bool]:

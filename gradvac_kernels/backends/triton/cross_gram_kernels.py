@@ -10,16 +10,8 @@ import triton
 import triton.language as tl
 
 from . import device
-from .gram_kernels import (
-    Config,
-    _chain,
-    _double_products,
-    _sum_of_pieces,
-    choose_blocks,
-    choose_sums,
-    parts,
-    width,
-)
+from .gram_configs import Config, choose_blocks, choose_sums, parts, width
+from .gram_kernels import _chain, _double_products, _sum_of_pieces
 from .plan import Plan
 
 
