@@ -19,6 +19,7 @@ from gradvac_kernels.backends import available_backends, choose, cpu, cuda, trit
 
 if not torch.cuda.is_available() and cuda_host.why_unavailable() is None:
     cuda._cuda, cuda._missing, cuda._DEVICE = cuda_host.load(), None, "cpu"
+    cuda._cache = lambda device: 1 << 20
 
 if triton.why_unavailable() is None and triton.device.INTERPRETED:
     # The interpreter's time goes by operations, however wide: longer vectors than a GPU takes, but no longer than the
